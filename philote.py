@@ -1,0 +1,2241 @@
+#!/usr/bin/env python3
+# /// script
+# requires-python = ">=3.10"
+# dependencies = ["simple-websocket>=1.1", "PyJWT>=2.14"]
+# ///
+"""Philote: a WebSocket publish/subscribe server in one file.
+
+    python philote.py            # serves ws://localhost:6380
+    python philote.py --help     # the other commands: token, subscribe, publish
+
+A client connects with a JSON Web Token that lists the channels it may read and write. What one connection writes to a
+channel, every other connection that may read it receives:
+
+    client -> server    {"channel": "news", "data": "hello"}
+    server -> others    {"issuer":"0f8fad5b-d9cb-469f-a165-70867728950e","channel":"news","data":"hello"}
+    server -> client    {"error": "forbidden", "reason": "..."}      where it may not write that channel
+
+The way of a message. One thread, that of the publisher's connection, walks all of it; nobody hands over to anybody:
+
+    socket -> FrameReader -> decode_message -> heads (may it write?) -> ChannelRegistry -> WriterQueues -> sockets
+
+There are three kinds of thread:
+
+    accept      Server.serve_forever: accepts, starts a thread per connection
+    connection  RequestHandler.handle: reads a request, answers it, and where it is an upgrade becomes
+                WebSocket.run: reads frames, publishes messages, writes them to the subscribers' sockets
+    keeper      Keeper.run: writes to the sockets that were full, and looks at each connection when it is due
+                (request deadline, heartbeat, expiry of its token, end of its closing handshake)
+
+Left out on purpose: storage and replay of messages, TLS (a proxy does that), compression (it would cost each
+connection some 300 KB and each message its shared frame), clusters of servers, Windows.
+
+The sections, in the order of a message's way: settings, access keys, messages, frames, writer queues, channel registry,
+connections, HTTP requests, server, client, command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import collections
+import contextlib
+import dataclasses
+import email.utils
+import errno
+import functools
+import heapq
+import http
+import ipaddress
+import itertools
+import json
+import json.encoder
+import logging
+import math
+import os
+import platform
+import re
+import resource
+import selectors
+import signal
+import socket
+import socketserver
+import ssl
+import struct
+import sys
+import threading
+import time
+import urllib.parse
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, NoReturn
+
+try:
+    import jwt
+    import simple_websocket
+    from wsproto.utilities import ProtocolError
+except ImportError as error:
+    if __name__ != "__main__":
+        raise
+    sys.exit(f"philote: {error.name} is missing; install it with: pip install simple-websocket PyJWT")
+
+__version__ = "1.0.0"
+__all__ = [
+    "AccessKey", "Client", "ConnectionClosed", "Forbidden", "Message", "PhiloteError", "Server", "Settings",
+    "SettingsError", "Unauthorized", "new_token",
+]
+
+log = logging.getLogger("philote")
+
+
+# ---------------------------------------------------------------------------------------------------------- settings
+# What an operator can choose, from the environment. One table is the parser and the documentation of what is allowed.
+
+class SettingsError(ValueError):
+    """Settings that are not allowed, one line for each."""
+
+
+def _number(low: float, high: float, convert: type = int) -> Callable[[str], Any]:
+    def parse(text: str) -> Any:
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?" if convert is float else "[0-9]+", text, re.ASCII):
+            raise ValueError
+        if not low <= (number := convert(text[:400])) <= high:
+            raise ValueError
+        return number
+    return parse
+
+
+def _parse_level(text: str) -> str:
+    if text.lower() not in _LEVELS:
+        raise ValueError
+    return text.lower()
+
+
+def _parse_origins(text: str) -> bool | tuple[str, ...]:
+    if text in ("1", "t", "T", "true", "TRUE", "True"):
+        return True
+    if text in ("0", "f", "F", "false", "FALSE", "False"):
+        return False
+    origins = tuple(origin.strip().lower() for origin in text.split(","))
+    if not all(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@]+", origin) for origin in origins):
+        raise ValueError
+    return origins
+
+
+def _parse_secret(text: str) -> str:
+    try:
+        jwt.encode({}, _signing_key(text), algorithm="HS256")
+    except jwt.PyJWTError:
+        raise ValueError from None
+    return text
+
+
+_LEVELS = {
+    "debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR,
+    "fatal": logging.CRITICAL, "panic": logging.CRITICAL,
+}
+_SIZE = (_number(1, 2**30), "a number of bytes from 1 to 1073741824")
+_SECONDS = (_number(0, 86400, float), "a number of seconds from 0 to 86400")
+_ALLOWED: dict[str, tuple[Callable[[str], Any], str]] = {
+    "secret": (_parse_secret, "any text that is not a public key, a certificate or a JWK"),
+    "host": (str, "an address or name of this machine, or nothing for all"),
+    "port": (_number(0, 65535), "a number from 0 to 65535"),
+    "loglevel": (_parse_level, "one of " + ", ".join(_LEVELS)),
+    "max_connections": (_number(1, 10**6), "a number from 1 to 1000000"),
+    "max_message_size": _SIZE,
+    "max_queue_size": _SIZE,
+    "max_message_rate": (_number(0, 10**9, float), "a number of messages a second, or 0 for no limit"),
+    "read_buffer_size": _SIZE,
+    "write_buffer_size": _SIZE,
+    "check_origin": (_parse_origins, "true, false, or a list of origins such as https://example.com"),
+    "ping_interval": _SECONDS,
+    "shutdown_timeout": _SECONDS,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """What the server may do. Sizes are in bytes, times in seconds."""
+
+    secret: str = dataclasses.field(default="", repr=False)
+    host: str = ""
+    port: int = 6380
+    loglevel: str = "info"
+    max_connections: int = 255
+    max_message_size: int = 1 << 20
+    max_queue_size: int = 1 << 20
+    max_message_rate: float = 0
+    read_buffer_size: int = 1024
+    write_buffer_size: int = 1024
+    check_origin: bool | tuple[str, ...] = False
+    ping_interval: float = 25
+    shutdown_timeout: float = 10
+
+    @classmethod
+    def from_environ(cls, environ: Mapping[str, str]) -> Settings:
+        """Read the settings from variables named like the fields, in capitals.
+
+        Raises SettingsError that lists all that are not allowed, a line each.
+        """
+        values, errors = {}, []
+        for name, (parse, allowed) in _ALLOWED.items():
+            if (text := environ.get(name.upper())) is not None:
+                try:
+                    values[name] = parse(text)
+                except ValueError:
+                    shown = "what is set" if name == "secret" else repr(text[:80])
+                    errors.append(f"{name.upper()}: {shown} is not allowed; it takes {allowed}")
+        if errors:
+            raise SettingsError("\n".join(errors))
+        return cls(**values)
+
+    @property
+    def max_strangers(self) -> int:
+        """How many connections may be without a finished handshake at a time."""
+        return max(64, self.max_connections)
+
+
+# ------------------------------------------------------------------------------------------------------- access keys
+# A JSON Web Token (RFC 7519), signed with the server's secret, says which channels its bearer may read and write.
+
+MAX_TOKEN_SIZE = 8192  # bytes; a longer one is refused before any work is spent on it
+_ALGORITHMS = ["HS256", "HS384", "HS512"]
+_UNJUDGED = {"verify_aud": False, "verify_iss": False, "verify_sub": False, "verify_jti": False}
+
+
+class TokenError(ValueError):
+    """A token that lets nobody in; its text says why."""
+
+
+class AccessKey(NamedTuple):
+    """What a token allows."""
+
+    read: frozenset[str] = frozenset()
+    write: frozenset[str] = frozenset()
+    expires: float | None = None  # seconds since the epoch
+    api: bool = False  # whether it may see what the server is doing
+
+
+def _signing_key(secret: str) -> bytes:
+    # HMAC pads its key with zero bytes (RFC 2104, section 2), so this changes no signature; but PyJWT refuses the empty
+    # key, which is the default that the original's clients sign with, and warns of a short one at every use.
+    return secret.encode("utf-8", "surrogateescape").ljust(64, b"\0")
+
+
+def new_token(secret: str, read: Iterable[str] = (), write: Iterable[str] = (), expires_in: float | None = None,
+              api: bool = False) -> str:
+    """Make a token for the channels `read` and `write`, valid for `expires_in` seconds (None: for ever).
+
+    With `api` it also opens /api/info and /metrics.
+    """
+    claims: dict[str, Any] = {"read": list(read), "write": list(write)}
+    if expires_in is not None:
+        claims["exp"] = math.ceil(time.time() + expires_in)
+    if api:
+        claims["api"] = True
+    return jwt.encode(claims, _signing_key(secret), algorithm="HS256")
+
+
+def decode_token(token: str, secret: str) -> AccessKey:
+    """Verify a token and read its claims. Raises TokenError."""
+    if len(token) > MAX_TOKEN_SIZE:
+        raise TokenError(f"the token is longer than {MAX_TOKEN_SIZE} bytes")
+    try:
+        claims = jwt.decode(token, _signing_key(secret), algorithms=_ALGORITHMS, options=_UNJUDGED)
+    except jwt.ExpiredSignatureError:
+        raise TokenError("the token has expired") from None
+    except jwt.ImmatureSignatureError:
+        raise TokenError("the token is not valid yet") from None
+    except (jwt.PyJWTError, ValueError, TypeError, RecursionError):  # PyJWT lets all of these out
+        raise TokenError("the token is malformed, or not signed with this server's secret") from None
+    for name in ("exp", "nbf", "iat"):
+        if name in claims and type(claims[name]) not in (int, float):
+            raise TokenError(f"the token's claim {name} must be a number")
+    return AccessKey(
+        _channel_names(claims, "read"), _channel_names(claims, "write"), claims.get("exp"), claims.get("api") is True)
+
+
+def _channel_names(claims: dict[str, Any], name: str) -> frozenset[str]:
+    names = claims.get(name)
+    if names is None:
+        return frozenset()
+    if not isinstance(names, list) or not all(isinstance(channel, str) and channel for channel in names):
+        raise TokenError(f"the token's claim {name} must be a list of channel names")
+    return frozenset(names)
+
+
+# ---------------------------------------------------------------------------------------------------------- messages
+# JSON in, JSON out. These functions are pure.
+
+class BadMessage(ValueError):
+    """Not a JSON object with a channel and data; its text says what is wrong."""
+
+    code = "bad_message"
+
+
+class Message(NamedTuple):
+    """A message as a subscriber receives it."""
+
+    issuer: str  # the connection that published it, a UUID
+    channel: str
+    data: str
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")  # the library takes NaN and Infinity, RFC 8259 does not
+
+
+_decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+_quote, _quote_ascii = json.encoder.encode_basestring, json.encoder.encode_basestring_ascii
+
+
+def decode_json(text: str) -> Any:
+    """Decode JSON text from outside. Raises BadMessage, whatever the text holds."""
+    try:
+        return _decoder.decode(text)
+    except json.JSONDecodeError as error:
+        raise BadMessage(f"not JSON: {error}") from None
+    except (ValueError, RecursionError):  # a number of 5,000 digits, NaN; 200,000 brackets
+        raise BadMessage("not JSON that can be read: a number too long, a nesting too deep, or NaN") from None
+
+
+def check_message(value: Any) -> tuple[str, str]:
+    """Take (channel, data) from a decoded message. Raises BadMessage.
+
+    Keys are matched exactly first, then whatever their case, as Go's encoding/json does: the original's Go client
+    sends "Channel" and "Data". Data that is missing or null is the empty string.
+    """
+    if type(value) is not dict:
+        raise BadMessage(f"a message is a JSON object, not {_shown(value)}")
+    channel, data = value.get("channel"), value.get("data")
+    if "channel" not in value or "data" not in value:
+        folded = {key.lower(): value[key] for key in value}
+        channel, data = value.get("channel", folded.get("channel")), value.get("data", folded.get("data"))
+    if type(channel) is not str or not channel:
+        raise BadMessage(f"channel must be a string that is not empty, not {_shown(channel)}")
+    if data is None:
+        return channel, ""
+    if type(data) is not str:
+        raise BadMessage(f"data must be a string, not {_shown(data)}")
+    return channel, data
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) <= 60 else text[:60] + "..."
+
+
+def encode_head(issuer: str, channel: str) -> str:
+    """Encode the part of a message that one issuer's messages on one channel share."""
+    return f'{{"issuer":{_quote(issuer)},"channel":{_quoted(channel)}'
+
+
+def encode_message(head: str, data: str) -> bytes:
+    """Encode a message; data that is empty is left out, as Go's omitempty does."""
+    return (f'{head},"data":{_quoted(data)}}}' if data else head + "}").encode()
+
+
+def _quoted(text: str) -> str:
+    # A lone surrogate can stand in JSON as an escape, but not in UTF-8.
+    return _quote(text) if text.isascii() or not re.search("[\ud800-\udfff]", text) else _quote_ascii(text)
+
+
+def encode_error(code: str, reason: str) -> bytes:
+    """Encode what a client is told when its message or request was refused."""
+    return json.dumps({"error": code, "reason": reason}).encode()
+
+
+# ------------------------------------------------------------------------------------------------------------ frames
+# RFC 6455, section 5. What the server sends is not masked, so one encoded frame serves all subscribers. What clients
+# send is cut into frames here; the common one, a whole text message, is also decoded here (a factor of 4 on incoming
+# messages), every other one is left as it is for simple-websocket, which judges it.
+
+TEXT, CLOSE, PING = 1, 8, 9  # opcodes
+NORMAL, GOING_AWAY, POLICY, TOO_BIG, INTERNAL, EXPIRED = 1000, 1001, 1008, 1009, 1011, 4401  # close codes
+_TEXT_HEADS = [bytes((0x80 | TEXT, size)) for size in range(126)]
+
+
+class MessageTooBig(ValueError):
+    """A frame that makes its message larger than MAX_MESSAGE_SIZE; known before its payload was read."""
+
+
+def encode_frame(opcode: int, payload: bytes) -> bytes:
+    """Encode a whole, unmasked frame (RFC 6455, section 5.2)."""
+    size = len(payload)
+    if size < 126:
+        return bytes((0x80 | opcode, size)) + payload
+    if size < 65536:
+        return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
+    return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
+
+
+def encode_text_frames(payloads: Sequence[bytes]) -> bytes:
+    """Encode a text frame for each payload, one behind the other."""
+    return b"".join([encode_frame(TEXT, payload) for payload in payloads])
+
+
+def encode_close(code: int, reason: str) -> bytes:
+    """Encode a close frame; the reason is ASCII of at most 123 bytes (RFC 6455, section 5.5.1)."""
+    return encode_frame(CLOSE, struct.pack("!H", code) + reason.encode())
+
+
+def unmask(mask: bytes, payload: bytes) -> bytes:
+    """Apply a masking key of 4 bytes (RFC 6455, section 5.3), as one exclusive or of two very long integers."""
+    size = len(payload)
+    key = (mask * (size // 4 + 1))[:size]
+    return (int.from_bytes(payload, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")
+
+
+def decode_frame_size(data: bytes, at: int) -> tuple[int, int] | None:
+    """Decode the sizes (head, payload) of the client's frame that begins at `at`; None if more bytes are needed."""
+    have = len(data) - at
+    if have < 2:
+        return None
+    size = data[at + 1] & 0x7F
+    if size < 126:
+        return 6, size
+    if size == 126:
+        return (8, data[at + 2] << 8 | data[at + 3]) if have >= 4 else None
+    return (14, int.from_bytes(data[at + 2:at + 10], "big")) if have >= 10 else None
+
+
+def _is_well_formed(first: int, second: int, size: int) -> bool:
+    # What simple-websocket refuses for the frame's head alone it gets at once, without waiting for the payload.
+    if first & 0x70 or not second & 0x80 or first & 15 not in (0, 1, 2, 8, 9, 10):
+        return False
+    if first & 8:
+        return bool(first & 0x80) and size <= 125
+    return size > (-1, 125, 65535)[max(0, (second & 0x7F) - 125)] and size < 1 << 63
+
+
+def read_frames(max_message_size: int) -> Iterator[Any]:
+    """Cut a client's bytes into frames; a coroutine without any input or output of its own.
+
+    It yields a str for a text message that came whole in one frame, bytes for any other frame (as it came), and None
+    when it needs more bytes: they are given to it by send(). Raises MessageTooBig.
+    """
+    data, at = b"", 0
+    fragmented, message_size = False, 0  # whether a message's fragments are under way, and their bytes so far
+    while True:
+        sizes = decode_frame_size(data, at)
+        if sizes is None:
+            data, at = data[at:] + (yield None), 0
+            continue
+        head, size = sizes
+        first = data[at]
+        if not _is_well_formed(first, data[at + 1], size):
+            yield data[at:]
+            data, at = yield None, 0
+            continue
+        if not first & 8:
+            message_size += size
+            if message_size > max_message_size:
+                raise MessageTooBig
+        end = at + head + size
+        if end > len(data):
+            buffer, end = bytearray(data[at:]), end - at
+            while len(buffer) < end:
+                buffer += yield None
+            data, at = bytes(buffer), 0
+        if first == 0x80 | TEXT and not fragmented:
+            body = at + head
+            try:
+                yield unmask(data[body - 4:body], data[body:end]).decode()
+            except UnicodeDecodeError:
+                yield data[at:end]
+        else:
+            yield data[at:end]
+        if not first & 8:
+            fragmented = not first & 0x80
+            message_size = message_size if fragmented else 0
+        at = end
+
+
+# ----------------------------------------------------------------------------------------------------- writer queues
+# What waits to be written to one socket. Whoever put something there writes it, in its own thread and without waiting:
+# no thread is woken for the ordinary case. Only what a full socket did not take is left for the keeper's thread, so a
+# subscriber that does not read costs the others nothing.
+
+_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+_FRAMES_PER_WRITE = 64  # buffers in one system call; every system has room for more (IOV_MAX is 1024)
+
+
+class WriterQueue:
+    """A socket with a queue in front. All writing to the socket and all closing of it is done here."""
+
+    __slots__ = ("sock", "keeper", "limit", "on_overflow", "pending", "writing", "unsent", "size", "sent", "full",
+                 "finished", "closed", "__weakref__")
+
+    def __init__(self, sock: socket.socket, keeper: Keeper, limit: int) -> None:
+        self.sock = sock
+        self.keeper = keeper
+        self.limit = limit  # bytes that may wait behind the frame that is being written
+        self.on_overflow: Callable[[], None] = self.abort
+        self.pending: collections.deque[bytes] = collections.deque()  # put by any thread: deque.append is thread-safe
+        self.writing = threading.Lock()  # guards all below, each write to the socket, and its close
+        self.unsent: collections.deque[bytes | memoryview] = collections.deque()  # taken from pending, in order
+        self.size = 0  # bytes in unsent
+        self.sent = 0  # bytes written so far
+        self.full = False  # the socket took no more; the keeper waits for it
+        self.finished = False  # what is in unsent is the last to be written
+        self.closed = False
+
+    def put(self, data: bytes) -> None:
+        """Queue data; it is written by the next flush()."""
+        self.pending.append(data)
+
+    def flush(self) -> None:
+        """Write what the socket takes without waiting. Any thread."""
+        # A thread that finds the lock taken leaves its data to the holder; so the holder looks again after letting go.
+        while self.pending and self.writing.acquire(blocking=False):
+            try:
+                overflow = self._write()
+            finally:
+                self.writing.release()
+            if overflow:
+                self.on_overflow()
+
+    def finish(self, last: bytes, discard: bool = False) -> None:
+        """Queue the last data: what is put later is dropped, and our half of the connection ends behind it.
+
+        With `discard`, what was queued before is dropped too, but for the rest of what is half written.
+        """
+        with self.writing:
+            if not self.finished:
+                self._take()
+                if discard:
+                    half = [data for data in self.unsent if isinstance(data, memoryview)]
+                    self.unsent = collections.deque(half)
+                    self.size = sum(map(len, half))
+                self.unsent.append(last)
+                self.size += len(last)
+                self.finished = True
+            self._write()
+
+    def resume(self) -> None:
+        """Go on after the socket was full. The keeper's thread."""
+        with self.writing:
+            if not self.closed:
+                self.full = False
+                self._write()
+
+    def abort(self) -> None:
+        """Drop all that waits and end the connection, which wakes the thread that reads it. Any thread."""
+        with self.writing:
+            self._give_up()
+
+    def drain(self) -> None:
+        """Read and drop until the peer has closed: a close with unread input would destroy what was just sent.
+
+        The thread that reads the socket. The keeper ends it by abort() where a peer takes too long.
+        """
+        with contextlib.suppress(OSError):
+            while self.sock.recv(65536):
+                pass
+
+    def close(self) -> None:
+        """Close the socket. The thread that reads it, as its last act."""
+        with self.writing:
+            self._give_up()
+            self.closed = True
+            if not self.full:
+                self.sock.close()
+                return
+        self.keeper.request(self)  # it closes the socket once its selector has let go of it
+
+    def _take(self) -> None:
+        for _ in range(len(self.pending)):
+            data = self.pending.popleft()
+            if not self.finished:
+                self.unsent.append(data)
+                self.size += len(data)
+
+    def _write(self) -> bool:
+        # Returns whether too much is left. `writing` is held.
+        self._take()
+        unsent = self.unsent
+        while unsent and not self.full:
+            try:
+                if len(unsent) == 1:
+                    sent = self.sock.send(unsent[0], _DONTWAIT)
+                else:
+                    sent = self.sock.sendmsg(list(itertools.islice(unsent, _FRAMES_PER_WRITE)), (), _DONTWAIT)
+            except BlockingIOError:
+                self.full = True
+                self.keeper.request(self)
+                break
+            except OSError:
+                self._give_up()
+                return False
+            self._forget(sent)
+        if not unsent and self.finished:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_WR)
+        # The frame that is being written does not count, so that one message always fits.
+        return not self.finished and self.size > self.limit and self.size - len(unsent[0]) > self.limit
+
+    def _forget(self, sent: int) -> None:
+        unsent = self.unsent
+        self.sent += sent
+        self.size -= sent
+        while unsent and sent >= len(unsent[0]):
+            sent -= len(unsent.popleft())
+        if sent:
+            unsent[0] = memoryview(unsent[0])[sent:]
+
+    def _give_up(self) -> None:
+        self.finished = True
+        self.pending.clear()
+        self.unsent.clear()
+        self.size = 0
+        if not self.closed:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
+
+
+class Keeper(threading.Thread):
+    """The one thread beside those of the connections: it waits for full sockets and for points in time."""
+
+    def __init__(self) -> None:
+        super().__init__(name="philote-keeper", daemon=True)
+        self.lock = threading.Lock()  # guards the next three
+        self.requests: list[WriterQueue] = []  # queues to be watched or closed
+        self.timers: list[tuple[float, int]] = []  # a heap of (due, number of a peer); the older of two entries is void
+        self.peers: dict[int, tuple[float, Peer]] = {}  # number: (due, peer)
+        self.selector = selectors.DefaultSelector()  # used by run() alone
+        self.alarm, self.bell = socket.socketpair()  # a byte written to the bell ends the keeper's wait
+        for end in (self.alarm, self.bell):
+            end.setblocking(False)  # a full pipe means that the keeper has been woken: nobody waits for it
+        self.selector.register(self.alarm, selectors.EVENT_READ)
+        self.stopped = False
+
+    # Any thread
+
+    def request(self, queue: WriterQueue) -> None:
+        """Ask for queue.resume() when its socket is writable, or for the socket's close when it is `closed`."""
+        with self.lock:
+            self.requests.append(queue)
+        self._wake()
+
+    def look_at(self, peer: Peer, due: float) -> None:
+        """Ask for peer.look() at a point of the monotonic clock, in place of any asked for before."""
+        with self.lock:
+            first = not self.timers or due < self.timers[0][0]
+            self.peers[peer.number] = (due, peer)
+            heapq.heappush(self.timers, (due, peer.number))
+        if first:
+            self._wake()
+
+    def forget(self, peer: Peer) -> None:
+        """Ask for no look() at a peer any more."""
+        with self.lock:
+            self.peers.pop(peer.number, None)
+
+    def stop(self) -> None:
+        """End the thread, and wait for it."""
+        self.stopped = True
+        self._wake()
+        self.join()
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            self.bell.send(b"\0")
+
+    # The keeper's thread
+
+    def run(self) -> None:
+        """Wait and work until stop()."""
+        while not self.stopped:
+            try:
+                self._wait_and_write()
+                self._look_at_who_is_due()
+            except Exception:
+                log.exception("keeper: unexpected error")
+        self.selector.close()
+        self.alarm.close()
+        self.bell.close()
+
+    def _wait_and_write(self) -> None:
+        with self.lock:
+            pause = max(0, self.timers[0][0] - time.monotonic()) if self.timers else None
+        for key, _ in self.selector.select(pause):
+            if key.data is None:
+                with contextlib.suppress(BlockingIOError):
+                    self.alarm.recv(4096)
+            else:
+                self.selector.unregister(key.fileobj)
+                key.data.resume()
+        with self.lock:
+            requests, self.requests = self.requests, []
+        for queue in requests:
+            self._serve(queue)
+
+    def _serve(self, queue: WriterQueue) -> None:
+        with queue.writing:
+            if queue.closed:
+                with contextlib.suppress(KeyError):
+                    self.selector.unregister(queue.sock)
+                queue.sock.close()
+            elif queue.full:
+                self.selector.register(queue.sock, selectors.EVENT_WRITE, queue)
+
+    def _look_at_who_is_due(self) -> None:
+        now = time.monotonic()
+        for peer in self._take_due(now):
+            again = peer.look(now)
+            if again is not None:
+                self.look_at(peer, again)
+
+    def _take_due(self, now: float) -> list[Peer]:
+        due = []
+        with self.lock:
+            while self.timers and self.timers[0][0] <= now:
+                entry, number = heapq.heappop(self.timers)
+                if self.peers.get(number, (None,))[0] == entry:
+                    due.append(self.peers.pop(number)[1])
+        return due
+
+
+# ------------------------------------------------------------------------------------------------------- connections
+# The two kinds of subscribers, WebSocket and event stream, and what they share with a connection that has not got so
+# far: a number, a writer queue, counters, and the keeper's look at them now and then.
+
+CLOSING_TIME = 3  # seconds that a peer has to answer our end of the connection with its own
+_numbers = itertools.count(1)
+
+
+class Peer:
+    """One accepted connection. Its own thread reads from it."""
+
+    received = published = delivered = bytes_received = bad_messages = forbidden = 0  # counted by its own thread alone
+    busy = False  # whether its own thread is handling something that it read
+
+    def __init__(self, server: Server, queue: WriterQueue, address: str) -> None:
+        self.number = next(_numbers)
+        self.server = server
+        self.queue = queue
+        self.address = address
+        self.rate = RateLimit(server.settings.max_message_rate)
+        self.heard = time.monotonic()  # when anything came last
+
+    def flush(self) -> None:
+        """Write what was queued here and there. Its own thread."""
+        self.queue.flush()
+
+    def wait_for_its_turn(self, messages: int = 1) -> bool:
+        """Wait as MAX_MESSAGE_RATE demands; False if the connection ended meanwhile. Its own thread."""
+        delay = self.rate.take(messages) if self.rate.limit else 0
+        while delay > 0 and not self.queue.finished and not self.server.stopping.is_set():
+            self.flush()
+            self.server.stopping.wait(min(delay, 0.25))
+            self.heard = time.monotonic()
+            delay -= 0.25
+        return not self.queue.finished
+
+    def look(self, now: float) -> float | None:
+        """See what is due; return when to look again. The keeper's thread."""
+        raise NotImplementedError
+
+    def finish(self, last: bytes, discard: bool = False, by: float | None = None) -> None:
+        """Write what is queued and then `last`, and see to it that the connection ends, by a point in time. Any thread."""
+        self.queue.finish(last, discard)
+        self.queue.keeper.look_at(self, by or time.monotonic() + CLOSING_TIME)
+
+
+class Subscriber(Peer):
+    """A connection that messages are queued for, whichever way they are encoded."""
+
+    encode: Callable[[Sequence[bytes]], bytes]  # from the JSON of some messages to what is written
+
+    def __init__(self, server: Server, queue: WriterQueue, address: str, key: AccessKey) -> None:
+        super().__init__(server, queue, address)
+        self.id = str(uuid.uuid4())
+        self.key = key
+        self.channels: Iterable[str] = ()  # what it joined
+        queue.on_overflow = self.drop_slow
+
+    def first_look(self) -> None:
+        """Begin with the heartbeats and the watch over the token's expiry."""
+        interval = self.server.settings.ping_interval or math.inf
+        if (due := min(time.monotonic() + interval, self._expiry())) < math.inf:
+            self.queue.keeper.look_at(self, due)
+
+    def _expiry(self) -> float:
+        # On the monotonic clock, as of now: `exp` is the one time that is not.
+        expires = self.key.expires
+        return math.inf if expires is None else time.monotonic() + max(0.0, expires - time.time())
+
+    def look(self, now: float) -> float | None:
+        """End the connection if its token expired or its time to close is up, else see to its heartbeat."""
+        if self.queue.finished:
+            self.queue.abort()
+            return None
+        expiry = self._expiry()
+        if expiry <= now:
+            log.info("%s %s: the token expired", self.address, self.id)
+            self.end(EXPIRED, "token expired")
+            return None
+        interval = self.server.settings.ping_interval
+        due = min(expiry, self.beat(now, interval) if interval else math.inf)
+        return due if due < math.inf else None
+
+    def beat(self, now: float, interval: float) -> float:
+        """See to the heartbeat, and return when to do so again."""
+        raise NotImplementedError
+
+    def farewell(self, code: int, reason: str) -> bytes:
+        """Encode the end of the connection."""
+        raise NotImplementedError
+
+    def end(self, code: int, reason: str, discard: bool = False, by: float | None = None) -> None:
+        """Take the connection out of its channels and begin to close it. Any thread."""
+        self.server.leave(self)
+        self.finish(self.farewell(code, reason), discard, by)
+
+    def drop_slow(self) -> None:
+        """Disconnect a subscriber whose queue grew over its limit. The publisher's thread."""
+        log.warning("%s %s: slow consumer, disconnected with more than %d bytes queued", self.address, self.id,
+                    self.queue.limit)
+        self.server.count("slow_consumers")
+        self.end(POLICY, "slow consumer", discard=True)
+
+    def run(self) -> None:
+        """Serve the connection until it ends. Its own thread."""
+        raise NotImplementedError
+
+
+class WebSocket(Subscriber):
+    """A WebSocket connection. simple-websocket runs the protocol, in this connection's own thread."""
+
+    encode = staticmethod(encode_text_frames)
+
+    def __init__(self, server: Server, queue: WriterQueue, address: str, key: AccessKey) -> None:
+        super().__init__(server, queue, address, key)
+        self.pinged = False  # whether a ping went out since
+        self.heads: dict[str, str] = {}  # channels it published to, and what all its messages there begin with
+        self.batch = Batch(server, self)
+        self.ws: Any = None
+
+    # Its own thread
+
+    def open(self, request: Request, rest: bytes) -> None:
+        """Queue the answer to an upgrade. Raises what the library raises."""
+        environ = {
+            "werkzeug.socket": SocketAdapter(self, rest), "HTTP_HOST": request.headers["host"],
+            "HTTP_UPGRADE": "websocket", "HTTP_CONNECTION": "Upgrade", "HTTP_SEC_WEBSOCKET_VERSION": "13",
+            "HTTP_SEC_WEBSOCKET_KEY": request.headers["sec-websocket-key"],
+        }
+        # One thread per connection, really one: the library's thread is never started, its loop is run() here; and
+        # its event, set for every message, hands the message on in the same thread.
+        self.ws = simple_websocket.Server.accept(
+            environ, thread_class=_UnstartedThread, event_class=functools.partial(_Arrival, self))
+
+    def run(self) -> None:
+        """Run the library's read loop until the connection ends."""
+        try:
+            self.ws.thread.run()
+        except (ValueError, AssertionError, MemoryError) as error:  # what the loop is known to let through
+            log.warning("%s %s: closed after %s", self.address, self.id, type(error).__name__)
+            self.end(INTERNAL, "internal error")
+        finally:
+            self.batch.flush()
+
+    def receive(self, text: str) -> None:
+        """Publish what the client sent, or tell it why not."""
+        self.received += 1
+        if self.rate.limit and not self.wait_for_its_turn():
+            return
+        try:
+            channel, data = check_message(decode_json(text))
+        except BadMessage as error:
+            self.bad_messages += 1
+            log.warning("%s %s: message dropped: %s", self.address, self.id, error)
+            self._tell(error.code, str(error))
+            return
+        head = self.heads.get(channel)
+        if head is None:
+            if channel not in self.key.write:
+                self.forbidden += 1
+                log.info("%s %s: message dropped: may not write %.80r", self.address, self.id, channel)
+                self._tell("forbidden", f"the token may not write the channel {_shown(channel)}")
+                return
+            head = self.heads[channel] = encode_head(self.id, channel)
+        self.batch.add(channel, encode_message(head, data))
+
+    def take(self) -> None:
+        """Receive what the library has put together from frames."""
+        while self.ws and self.ws.input_buffer:
+            message = self.ws.input_buffer.pop(0)
+            try:
+                self.receive(message if isinstance(message, str) else message.decode())
+            except UnicodeDecodeError:
+                self.receive("\ufeff")  # what is not UTF-8 is no more a message than a byte order mark is
+
+    def _tell(self, code: str, reason: str) -> None:
+        self.batch.flush()
+        self.queue.put(encode_frame(TEXT, encode_error(code, reason)))
+
+    def flush(self) -> None:
+        """Write to all subscribers, and what is for this connection itself."""
+        self.batch.flush()
+        self.queue.flush()
+
+    # The keeper's thread
+
+    def beat(self, now: float, interval: float) -> float:
+        """Ping a silent peer; end the connection of one that stayed silent."""
+        heard = self.heard
+        if now < heard + interval:
+            self.pinged = False
+            return heard + interval
+        if now < heard + 2 * interval:
+            if not self.pinged:
+                self.pinged = True
+                self.queue.put(_PING)
+                self.queue.flush()
+            return heard + 2 * interval
+        log.info("%s %s: nothing came for %g seconds, disconnected", self.address, self.id, now - heard)
+        self.end(INTERNAL, "ping timeout")
+        self.queue.abort()
+        return math.inf
+
+    # Any thread
+
+    def farewell(self, code: int, reason: str) -> bytes:
+        """Encode a close frame."""
+        return encode_close(code, reason)
+
+
+_PING = encode_frame(PING, b"")
+
+
+class _UnstartedThread:
+    def __init__(self, target: Callable[[], None]) -> None:
+        self.run = target
+        self.name = ""
+
+    def start(self) -> None:
+        pass
+
+
+class _Arrival:
+    def __init__(self, websocket: WebSocket) -> None:
+        self.set = websocket.take
+
+
+class SocketAdapter:
+    """What simple-websocket is given as its socket. The connection's own thread."""
+
+    def __init__(self, websocket: WebSocket, rest: bytes) -> None:
+        settings = websocket.server.settings
+        self.websocket = websocket
+        self.frames = read_frames(settings.max_message_size)
+        self.rest = rest  # what came behind the request's head
+        self.least = self.size = settings.read_buffer_size  # bytes to ask of the socket
+
+    def send(self, data: bytes) -> int:
+        """Queue what the library sends: the answer to the upgrade, a pong, or a close frame."""
+        if data[0] == 0x80 | CLOSE:
+            self.websocket.batch.flush()
+            self.websocket.finish(bytes(data))
+        else:
+            self.websocket.queue.put(bytes(data))
+        return len(data)
+
+    def recv(self, _: int) -> bytes:
+        """Return the next frame that is not a whole text message; those are received at once. b"" is the end."""
+        websocket = self.websocket
+        try:
+            item = next(self.frames)
+            while not isinstance(item, bytes):
+                if item is not None:
+                    websocket.receive(item)
+                    item = next(self.frames)
+                elif data := self._read():
+                    item = self.frames.send(data)
+                else:
+                    return b""
+            return item
+        except MessageTooBig:
+            websocket.end(TOO_BIG, "message too big")
+            return b""
+
+    def close(self) -> None:
+        """Leave the socket open: its connection closes it."""
+
+    def _read(self) -> bytes:
+        # Gather, then write: what the last read brought is queued by now, and each subscriber is written to once.
+        websocket = self.websocket
+        sock, queue, stopping = websocket.queue.sock, websocket.queue, websocket.server.stopping
+        data, self.rest = self.rest, b""
+        while not data:
+            websocket.flush()
+            websocket.busy = False
+            data = sock.recv(self.size)
+            websocket.busy = True
+            if not data or queue.finished:
+                return b""
+            if stopping.is_set():
+                data = b""
+        size = len(data)
+        websocket.heard = time.monotonic()
+        websocket.bytes_received += size
+        if size == self.size:
+            self.size = min(4 * size, _LARGEST_READ)
+        elif size < self.size >> 2:
+            self.size = max(self.size >> 1, self.least)
+        return data
+
+
+_LARGEST_READ = 65536
+
+
+class RateLimit:
+    """A bucket of one second's worth of messages. Used by one thread."""
+
+    def __init__(self, limit: float) -> None:
+        self.limit = limit  # messages a second; 0 is none
+        self.allowance = max(1.0, limit)
+        self.at = time.monotonic()
+
+    def take(self, count: int = 1) -> float:
+        """Take so many messages and return how many seconds to wait before the next ones."""
+        now = time.monotonic()
+        self.allowance = min(max(1.0, self.limit), self.allowance + (now - self.at) * self.limit) - count
+        self.at = now
+        return max(0.0, -self.allowance / self.limit)
+
+
+class EventStream(Subscriber):
+    """A client that follows channels as server-sent events (WHATWG HTML, section 9.2)."""
+
+    encode = staticmethod(lambda payloads: b"".join([b"data: %b\n\n" % payload for payload in payloads]))
+
+    def run(self) -> None:
+        """Wait for the client to go away; it has nothing to say."""
+        with contextlib.suppress(OSError):
+            while data := self.queue.sock.recv(1024):
+                self.bytes_received += len(data)
+
+    def beat(self, now: float, interval: float) -> float:
+        """Send a comment. A client that is gone is found out by the system, which waits for its acknowledgement."""
+        self.queue.put(b":\n\n")
+        self.queue.flush()
+        return now + interval
+
+    def farewell(self, code: int, reason: str) -> bytes:
+        """Encode the end of the stream: there is nothing to say."""
+        return b""
+
+
+# -------------------------------------------------------------------------------------------------- channel registry
+# Who reads which channel. Order is made here: a message enters all its subscribers' queues under its channel's lock.
+
+class Channel:
+    """The subscribers of one channel, by the way they are encoded for."""
+
+    __slots__ = ("lock", "groups")
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # guards groups, and the order of this channel's messages in all queues
+        self.groups: dict[Callable[[Sequence[bytes]], bytes], dict[Subscriber, Callable[[bytes], None]]] = {}
+
+
+class ChannelRegistry:
+    """All channels that anybody reads."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()  # guards channels; taken before a channel's lock, never after
+        self.channels: dict[str, Channel] = {}
+
+    def __len__(self) -> int:
+        with self.lock:
+            return len(self.channels)
+
+    def join(self, subscriber: Subscriber, names: Iterable[str]) -> None:
+        """Let a subscriber have all that is published to these channels from now on."""
+        for name in names:
+            with self.lock:
+                channel = self.channels.setdefault(name, Channel())
+                with channel.lock:
+                    channel.groups.setdefault(subscriber.encode, {})[subscriber] = subscriber.queue.pending.append
+
+    def leave(self, subscriber: Subscriber, names: Iterable[str]) -> None:
+        """Undo join(); a channel that nobody reads any more is forgotten."""
+        for name in names:
+            with self.lock:
+                channel = self.channels.get(name)
+                if channel is None:
+                    continue
+                with channel.lock:
+                    group = channel.groups.get(subscriber.encode, {})
+                    group.pop(subscriber, None)
+                    if not group:
+                        channel.groups.pop(subscriber.encode, None)
+                if not channel.groups:
+                    del self.channels[name]
+
+    def publish(self, name: str, payloads: Sequence[bytes], issuer: Peer, touched: set[Subscriber]) -> int:
+        """Queue messages for all subscribers of a channel but their issuer; return how many subscribers that is.
+
+        They are added to `touched`: the caller flushes their queues, without any lock.
+        """
+        with self.lock:
+            channel = self.channels.get(name)
+        if channel is None:
+            return 0
+        receivers = 0
+        with channel.lock:
+            for encode, group in channel.groups.items():
+                data = encode(payloads)  # once for all of them
+                for subscriber, put in group.items():
+                    if subscriber is not issuer:
+                        put(data)
+                        receivers += 1
+                touched.update(group)
+        return receivers
+
+
+class Batch:
+    """Messages that one thread publishes together: all are queued first, then each subscriber is written to once."""
+
+    def __init__(self, server: Server, issuer: Peer) -> None:
+        self.registry = server.registry
+        self.issuer = issuer
+        self.limit = server.settings.write_buffer_size
+        self.channel = ""
+        self.payloads: list[bytes] = []  # consecutive messages to that channel
+        self.size = 0
+        self.touched: set[Subscriber] = set()
+        self.receivers = 0  # how many subscribers there were for what was published last
+
+    def add(self, channel: str, payload: bytes) -> None:
+        """Publish a message, by the next flush() at the latest."""
+        if channel != self.channel:
+            self.publish()
+            self.channel = channel
+        self.payloads.append(payload)
+        self.size += len(payload)
+        if self.size >= self.limit:
+            self.flush()
+
+    def publish(self) -> None:
+        """Queue the messages for all subscribers."""
+        if self.payloads:
+            self.receivers = self.registry.publish(self.channel, self.payloads, self.issuer, self.touched)
+            self.issuer.published += len(self.payloads)
+            self.issuer.delivered += self.receivers * len(self.payloads)
+            self.payloads = []
+
+    def flush(self) -> None:
+        """Queue the messages and write to all that they were queued for."""
+        self.publish()
+        self.size = 0
+        if self.touched:
+            touched, self.touched = self.touched, set()
+            for subscriber in touched:
+                subscriber.queue.flush()
+
+
+# ----------------------------------------------------------------------------------------------------- HTTP requests
+# What comes before the WebSocket, and what goes without it. The head of a request is read strictly (RFC 9112): the
+# standard library's parser takes bare line feeds and folded lines, which other parsers in front may read otherwise.
+
+REQUEST_TIME = 10  # seconds for a whole request, however its bytes drip
+MAX_HEAD_SIZE, MAX_HEADERS, MAX_TARGET_SIZE = 16384, 100, 8192
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/1\.([01])" % _TOKEN)
+_FIELD = re.compile(rb"(%b):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*" % _TOKEN)
+
+
+class HTTPError(Exception):
+    """A request that is not granted: the answer's status (RFC 9110, section 15), its code and reason in JSON."""
+
+    def __init__(self, status: int, reason: str, code: str = "", headers: Mapping[str, str] = {}) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.code = code or http.HTTPStatus(status).phrase.lower().replace(" ", "_")
+        self.headers = headers
+
+    def body(self) -> bytes:
+        """Encode code and reason, as a line of JSON."""
+        return encode_error(self.code, str(self)) + b"\n"
+
+
+class Request(NamedTuple):
+    """The head of a request."""
+
+    method: str
+    path: str
+    query: dict[str, list[str]]
+    headers: dict[str, str]  # by name in small letters; the values of one that came twice are joined by a comma
+    version: str
+
+    def tokens(self, name: str) -> list[str]:
+        """Split a header that is a list of words, in small letters."""
+        return [word.strip().lower() for word in self.headers.get(name, "").split(",")]
+
+    @property
+    def keeps_alive(self) -> bool:
+        """Whether another request may follow on the same connection (RFC 9112, section 9.3)."""
+        return self.version == "1.1" and "close" not in self.tokens("connection")
+
+    @property
+    def wants_upgrade(self) -> bool:
+        """Whether this is meant to open a WebSocket, well or badly."""
+        return "websocket" in self.tokens("upgrade") or "sec-websocket-key" in self.headers
+
+
+def decode_request(head: bytes) -> Request:
+    """Decode a request's head, without the empty line at its end. Raises HTTPError."""
+    line, *fields = head.split(b"\r\n")
+    match = _REQUEST_LINE.fullmatch(line)
+    if not match:
+        raise HTTPError(400, "the request line must be METHOD /PATH HTTP/1.1")
+    method, target, minor = (part.decode() for part in match.groups())
+    if len(target) > MAX_TARGET_SIZE:
+        raise HTTPError(414, f"the request target may have {MAX_TARGET_SIZE} bytes", "uri_too_long")
+    if len(fields) > MAX_HEADERS:
+        raise HTTPError(431, f"a request may have {MAX_HEADERS} header fields")
+    headers: dict[str, str] = {}
+    for field in fields:
+        match = _FIELD.fullmatch(field)
+        if not match:
+            raise HTTPError(400, "a header field must be NAME: VALUE on one line")
+        name, value = match[1].decode().lower(), match[2].decode("latin-1")
+        headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    path, _, query = re.sub("(?i)^https?://[^/?]*", "", target).partition("?")
+    try:
+        parsed = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=MAX_HEADERS)
+    except ValueError:
+        raise HTTPError(400, f"a query may have {MAX_HEADERS} parameters") from None
+    request = Request(method, path, parsed, headers, "1." + minor)
+    _check_host(request)
+    return request
+
+
+def _check_host(request: Request) -> None:
+    host = request.headers.get("host", "" if request.version == "1.1" else "unknown")
+    try:
+        if not re.fullmatch(r"[][A-Za-z0-9._~!$&'()*+;=%:-]+", host):
+            raise ValueError
+        host.encode("ascii").decode("idna")  # as the library will
+    except ValueError:
+        raise HTTPError(400, "there must be one Host header, naming a host") from None
+
+
+def check_upgrade(request: Request) -> None:
+    """Check the opening handshake (RFC 6455, section 4.2.1), more closely than the library. Raises HTTPError."""
+    headers = request.headers
+    if request.method != "GET":
+        raise HTTPError(405, "a WebSocket is opened with GET", headers={"Allow": "GET"})
+    if request.version != "1.1" or "host" not in headers:
+        raise HTTPError(400, "a WebSocket is opened with HTTP/1.1")
+    if "upgrade" not in request.tokens("connection") or "websocket" not in request.tokens("upgrade"):
+        raise HTTPError(400, "a WebSocket needs the headers Upgrade: websocket and Connection: Upgrade")
+    if headers.get("sec-websocket-version") != "13":
+        raise HTTPError(426, "this server speaks WebSocket version 13", headers={"Sec-WebSocket-Version": "13"})
+    try:
+        nonce = base64.b64decode(headers.get("sec-websocket-key", ""), validate=True)
+    except ValueError:
+        nonce = b""
+    if len(nonce) != 16:
+        raise HTTPError(400, "there must be one Sec-WebSocket-Key, 16 bytes in base64")
+    if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+        raise HTTPError(400, "an upgrade has no body")
+
+
+def encode_response(status: int, body: bytes = b"", headers: Mapping[str, str] = {}, whole: bool = True) -> bytes:
+    """Encode a response; one that is not `whole` goes on until the connection ends."""
+    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Date: {email.utils.formatdate(usegmt=True)}"]
+    if whole and status >= 200 and status != 204 and "Content-Length" not in headers:
+        lines.append(f"Content-Length: {len(body)}")
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join([*lines, "", ""]).encode("latin-1") + body
+
+
+def is_loopback(address: str) -> bool:
+    """Whether an IP address is this machine's own (127.0.0.0/8, ::1, or the first written as IPv6)."""
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+class RequestHandler(Peer):
+    """A connection as long as it speaks HTTP. Its own thread runs it; then it becomes that of a subscriber."""
+
+    def __init__(self, server: Server, queue: WriterQueue, address: str) -> None:
+        super().__init__(server, queue, address)
+        self.buffer = b""  # read, and not yet used
+        self.deadline = time.monotonic() + REQUEST_TIME  # for the request under way
+        self.subscriber: Subscriber | None = None  # what the connection became
+
+    # The keeper's thread
+
+    def look(self, now: float) -> float | None:
+        """End the connection when a request took too long to come, or its time to close is up."""
+        if self.queue.finished:
+            self.queue.abort()
+            return None
+        if self.busy or now < self.deadline:
+            return max(self.deadline, now + 1)
+        late = HTTPError(408, f"a request must be complete within {REQUEST_TIME} seconds", "request_timeout")
+        self.finish(encode_response(408, late.body(), _CLOSE | _JSON) if self.buffer else b"")
+        return None
+
+    # Its own thread
+
+    def run(self) -> None:
+        """Answer requests until the connection ends, or is a subscriber's and that ends."""
+        try:
+            self.queue.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            while self._serve_request():
+                self.busy = False
+                self.deadline = time.monotonic() + REQUEST_TIME
+        except OSError:
+            pass  # the peer is gone
+        except Exception:
+            log.exception("%s: unexpected error", self.address)
+        finally:
+            self._end()
+
+    def _end(self) -> None:
+        peer = self.subscriber or self
+        peer.busy = False
+        if self.subscriber:
+            self.server.leave(self.subscriber)
+        if not self.queue.finished:
+            peer.finish(b"")
+        self.queue.drain()
+        self.queue.close()
+        self.queue.keeper.forget(peer)
+        self.server.forget(peer)
+
+    def _serve_request(self) -> bool:
+        # Returns whether another request may follow.
+        request = None
+        try:
+            head = self._read_head()
+            if head is None:
+                return False
+            request = decode_request(head)
+            if request.wants_upgrade:
+                return self._upgrade(request)
+            return self._route(request)
+        except HTTPError as error:
+            self.server.refuse(self.address, error)
+            going_on = request is not None and not request.wants_upgrade and self._may_go_on(request)
+            self._respond(request, error.status, error.body(), {**_JSON, **({} if going_on else _CLOSE), **error.headers})
+            return going_on
+
+    def _read(self) -> bytes:
+        self.queue.flush()
+        data = self.queue.sock.recv(max(self.server.settings.read_buffer_size, 1024))
+        self.bytes_received += len(data)
+        return b"" if self.queue.finished else data
+
+    def _read_head(self) -> bytes | None:
+        while (end := self.buffer.find(b"\r\n\r\n")) < 0:
+            self.buffer = self.buffer.lstrip(b"\r\n")
+            if len(self.buffer) > MAX_HEAD_SIZE:
+                break
+            if self.buffer and not re.match(_TOKEN + b"( |$)", self.buffer):
+                raise HTTPError(400, "this is not HTTP/1.1")
+            if not (data := self._read()):
+                return None
+            self.buffer += data
+        if not 0 <= end <= MAX_HEAD_SIZE:
+            raise HTTPError(431, f"the head of a request may have {MAX_HEAD_SIZE} bytes")
+        self.busy = True
+        head, self.buffer = self.buffer[:end], self.buffer[end + 4:]
+        self.unread = False
+        return head
+
+    def _read_body(self, request: Request) -> bytes:
+        length = request.headers.get("content-length")
+        limit = self.server.settings.max_message_size
+        if length is None or "transfer-encoding" in request.headers:
+            raise HTTPError(411, "a request with a body needs a Content-Length")
+        if not re.fullmatch("[0-9]+", length):
+            raise HTTPError(400, "Content-Length must be a number")
+        if len(length) > 18 or int(length) > limit:
+            raise HTTPError(413, f"the body may have {limit} bytes", "too_large")
+        if "100-continue" in request.tokens("expect"):
+            self.queue.put(encode_response(100))
+        size = int(length)
+        body = bytearray(self.buffer)
+        self.busy = False
+        while len(body) < size:
+            if not (data := self._read()):
+                raise ConnectionError
+            body += data
+        self.busy = True
+        self.buffer = bytes(body[size:])
+        return bytes(body[:size])
+
+    def _route(self, request: Request) -> bool:
+        methods = ROUTES.get(request.path)
+        if methods is None:
+            raise HTTPError(404, "there is nothing here")
+        origin = self._check_origin(request)
+        cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"} if origin else {}
+        allowed = ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
+        if request.method == "OPTIONS":
+            cors |= {"Access-Control-Allow-Methods": allowed, "Access-Control-Max-Age": "600",
+                     "Access-Control-Allow-Headers": "Authorization, Content-Type"}
+            self._respond(request, 204, b"", {"Allow": allowed, **cors})
+            return self._may_go_on(request)
+        method = "GET" if request.method == "HEAD" else request.method
+        if method not in methods:
+            raise HTTPError(405, f"the methods here are {allowed}", headers={"Allow": allowed, **cors})
+        try:
+            return methods[method](self, request, cors)
+        except HTTPError as error:
+            error.headers = {**error.headers, **cors}
+            raise
+
+    def _may_go_on(self, request: Request) -> bool:
+        # A body that nobody read would be taken for the next request.
+        return request.keeps_alive and (request.method == "POST" or not (
+            "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"))
+
+    def _respond(self, request: Request | None, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+        if request and request.method == "HEAD":
+            headers, body = {"Content-Length": str(len(body)), **headers}, b""
+        if request and not self._may_go_on(request):
+            headers = {**headers, **_CLOSE}
+        self.queue.put(encode_response(status, body, headers))
+        self.queue.flush()
+
+    def _respond_json(self, request: Request, value: Any, headers: Mapping[str, str], status: int = 200) -> bool:
+        self._respond(request, status, json.dumps(value).encode() + b"\n", {**_JSON, **headers})
+        return self._may_go_on(request)
+
+    # Who may do what
+
+    def _check_origin(self, request: Request) -> str:
+        # Returns what a browser may be told: the origin that was checked, any, or nothing.
+        allowed, origin = self.server.settings.check_origin, request.headers.get("origin")
+        if not allowed:
+            return "*"
+        if origin is None:
+            return ""
+        same = origin.lower().partition("://")[2] == request.headers.get("host", "").lower()
+        if not same and not (isinstance(allowed, tuple) and origin.lower() in allowed):
+            raise HTTPError(403, f"the origin {_shown(origin)} is not allowed (CHECK_ORIGIN)", "origin")
+        return origin
+
+    def _authorize(self, request: Request) -> AccessKey:
+        secret = self.server.settings.secret
+        if not secret and not is_loopback(self.address):
+            raise HTTPError(403, "SECRET is not set, so only clients on the server's own machine are let in", "protected")
+        tokens = [re.sub("(?i)^bearer +", "", request.headers.get("authorization", ""))]
+        tokens += request.query.get("auth", [])[:1]
+        reason = ""
+        for token in filter(None, tokens):
+            try:
+                return decode_token(token, secret)
+            except TokenError as error:
+                reason = reason or str(error)
+        raise HTTPError(401, reason or "a token is needed: Authorization: Bearer TOKEN, or ?auth=TOKEN",
+                        headers={"WWW-Authenticate": "Bearer"})
+
+    def _authorize_api(self, request: Request) -> None:
+        if not self._authorize(request).api:
+            raise HTTPError(403, "the token's claim api must be true")
+
+    # What is answered
+
+    def _upgrade(self, request: Request) -> bool:
+        check_upgrade(request)
+        self._check_origin(request)
+        websocket = WebSocket(self.server, self.queue, self.address, self._authorize(request))
+        self.server.enter(self, websocket)
+        try:
+            websocket.open(request, self.buffer)
+        except (ValueError, ProtocolError, simple_websocket.ConnectionError):
+            self.server.leave(websocket)
+            raise HTTPError(400, "the opening handshake is malformed") from None
+        return self._become(websocket, websocket.key.read)
+
+    def _follow(self, request: Request, cors: Mapping[str, str]) -> bool:
+        key = self._authorize(request)
+        channels = frozenset(request.query.get("channel", key.read))
+        if not channels <= key.read:
+            raise HTTPError(403, f"the token may not read the channel {_shown(min(channels - key.read))}")
+        kinds = {word.partition(";")[0].strip() for word in request.tokens("accept")}
+        if not kinds & {"", "*/*", "text/*", "text/event-stream"}:
+            raise HTTPError(406, "this is a text/event-stream")
+        head = encode_response(200, b"", {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
+                                          "X-Accel-Buffering": "no", **_CLOSE, **cors}, whole=False)
+        if request.method == "HEAD":
+            self.queue.put(head)
+            return False
+        stream = EventStream(self.server, self.queue, self.address, key)
+        self.server.enter(self, stream)
+        self.queue.put(head)
+        return self._become(stream, channels)
+
+    def _become(self, subscriber: Subscriber, channels: Iterable[str]) -> bool:
+        # The answer is queued by now, so nothing of the channels can come before it.
+        self.subscriber = subscriber
+        self.buffer = b""
+        subscriber.channels = channels
+        self.server.registry.join(subscriber, channels)
+        subscriber.first_look()
+        log.debug("%s %s: connected", self.address, subscriber.id)
+        self.queue.flush()
+        subscriber.run()
+        log.debug("%s %s: disconnected", self.address, subscriber.id)
+        return False
+
+    def _publish(self, request: Request, cors: Mapping[str, str]) -> bool:
+        key = self._authorize(request)
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind not in ("", "application/json", "application/x-www-form-urlencoded"):  # the last is curl's default
+            raise HTTPError(415, "the body must be JSON", "unsupported_media_type")
+        try:
+            value = decode_json(self._read_body(request).decode())
+            messages = [check_message(item) for item in (value if isinstance(value, list) else [value])]
+        except (BadMessage, UnicodeDecodeError) as error:
+            raise HTTPError(400, str(error), BadMessage.code) from None
+        self.received += len(messages)
+        for channel, _ in messages:
+            if channel not in key.write:
+                raise HTTPError(403, f"the token may not write the channel {_shown(channel)}")
+        answers = self._publish_all(messages)
+        return self._respond_json(request, answers if isinstance(value, list) else answers[0], cors)
+
+    def _publish_all(self, messages: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+        if self.server.stopping.is_set():
+            raise HTTPError(503, "the server is shutting down", "shutting_down")
+        issuer, batch, answers = str(uuid.uuid4()), Batch(self.server, self), []
+        self.wait_for_its_turn(len(messages))
+        for channel, data in messages:
+            batch.add(channel, encode_message(encode_head(issuer, channel), data))
+            batch.publish()
+            answers.append({"issuer": issuer, "receivers": batch.receivers})
+        batch.flush()
+        return answers
+
+    def _health(self, request: Request, cors: Mapping[str, str]) -> bool:
+        stopping = self.server.stopping.is_set()
+        return self._respond_json(
+            request, {"status": "stopping" if stopping else "ok"}, cors, 503 if stopping else 200)
+
+    def _info(self, request: Request, cors: Mapping[str, str]) -> bool:
+        self._authorize_api(request)
+        return self._respond_json(request, self.server.info(), cors)
+
+    def _metrics(self, request: Request, cors: Mapping[str, str]) -> bool:
+        self._authorize_api(request)
+        kind = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
+        self._respond(request, 200, self.server.metrics().encode(), {**kind, **cors})
+        return self._may_go_on(request)
+
+    def _ask_for_upgrade(self, request: Request, cors: Mapping[str, str]) -> bool:
+        raise HTTPError(426, "this is a WebSocket server", headers={"Upgrade": "websocket", "Connection": "Upgrade, close"})
+
+
+_CLOSE = {"Connection": "close"}
+_JSON = {"Content-Type": "application/json"}
+ROUTES: dict[str, dict[str, Callable[[RequestHandler, Request, Mapping[str, str]], bool]]] = {
+    "/": {"GET": RequestHandler._ask_for_upgrade},
+    "/api/publish": {"POST": RequestHandler._publish},
+    "/api/events": {"GET": RequestHandler._follow},
+    "/api/info": {"GET": RequestHandler._info},
+    "/metrics": {"GET": RequestHandler._metrics},
+    "/health": {"GET": RequestHandler._health},
+}
+
+
+# ------------------------------------------------------------------------------------------------------------ server
+# Accepts connections, counts them, and ends them.
+
+class Server(socketserver.ThreadingTCPServer):
+    """A Philote server. As a context manager it serves from threads of its own until the end of the block.
+
+    It listens from the start: raises OSError where it cannot. `server_address` holds the port that it got for port 0.
+    """
+
+    allow_reuse_address = True
+    block_on_close = False
+    daemon_threads = True
+    request_queue_size = 1024  # connections that the system holds until they are accepted
+
+    def __init__(self, settings: Settings = Settings()) -> None:
+        self.settings = settings
+        self.registry = ChannelRegistry()
+        self.stopping = threading.Event()
+        self.keeper = Keeper()
+        self.started = time.monotonic()
+        self.lock = threading.Lock()  # guards all below
+        self.subscribers: dict[int, Subscriber] = {}  # counted against max_connections
+        self.strangers: collections.OrderedDict[Peer, None] = collections.OrderedDict()  # all others, the oldest first
+        self.totals: collections.Counter[str] = collections.Counter()  # of the connections that are gone
+        self.refusals: collections.Counter[str] = collections.Counter()
+        self.said: dict[str, float] = {}  # what is not to be logged again before when
+        self.reserve: int | None = os.open(os.devnull, os.O_RDONLY)  # a descriptor to refuse with when there is none
+        self.address_family, address = _resolve(settings.host, settings.port)
+        super().__init__(address, RequestHandler)  # type: ignore[arg-type]
+
+    def server_bind(self) -> None:
+        """Bind, for all interfaces to IPv4 and IPv6 alike."""
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bool(self.settings.host)))
+        super().server_bind()
+
+    def __enter__(self) -> Server:
+        self.keeper.start()
+        threading.Thread(target=self.serve_forever, args=(0.1,), name="philote-accept", daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    # The accepting thread. What socketserver calls a request is a connection, here in the form of its handler.
+
+    def get_request(self) -> tuple[Any, Any]:
+        """Accept a connection; out of descriptors, refuse it."""
+        try:
+            sock, address = super().get_request()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                self._refuse_for_want_of_descriptors(error)
+            raise
+        queue = WriterQueue(sock, self.keeper, self.settings.max_queue_size)
+        return RequestHandler(self, queue, address[0].removeprefix("::ffff:")), address
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Start the connection's thread; where the system has none left, refuse it."""
+        self._add_stranger(request)
+        try:
+            super().process_request(request, client_address)
+        except RuntimeError as error:
+            if self.may_say("threads"):
+                log.error("no more threads, newcomers are refused: %s", error)
+            self.forget(request)
+            self._refuse_at_the_door(request.queue.sock)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        """Run a connection. Its own thread begins here."""
+        self.keeper.look_at(request, request.deadline)
+        request.run()
+
+    def shutdown_request(self, request: Any) -> None:
+        """Do nothing: a connection is closed by its own thread."""
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Log what socketserver would print."""
+        log.exception("%s: unexpected error", client_address[0])
+
+    def _refuse_for_want_of_descriptors(self, error: OSError) -> None:
+        if self.may_say("descriptors"):
+            log.error("no more descriptors, newcomers are refused: %s", error.strerror)
+        if self.reserve is not None:
+            os.close(self.reserve)
+            self.reserve = None
+            with contextlib.suppress(OSError):
+                self._refuse_at_the_door(self.socket.accept()[0])
+        try:
+            self.reserve = os.open(os.devnull, os.O_RDONLY)
+        except OSError:
+            self.stopping.wait(0.1)  # or this thread would spin: the listening socket stays readable
+
+    def _refuse_at_the_door(self, sock: socket.socket) -> None:
+        error = HTTPError(503, "the server has no room for another connection", "exhausted", _RETRY)
+        with self.lock:
+            self.refusals[error.code] += 1
+        with sock, contextlib.suppress(OSError):
+            sock.send(encode_response(503, error.body(), _CLOSE | _JSON | _RETRY), _DONTWAIT)
+            sock.shutdown(socket.SHUT_WR)
+            sock.recv(65536, _DONTWAIT)
+
+    # Any thread
+
+    def enter(self, handler: RequestHandler, subscriber: Subscriber) -> None:
+        """Count a connection that becomes a subscriber's. Raises HTTPError when there is no room."""
+        with self.lock:
+            if len(self.subscribers) >= self.settings.max_connections:
+                raise HTTPError(503, f"all {self.settings.max_connections} connections are taken", "full", _RETRY)
+            if self.stopping.is_set():
+                raise HTTPError(503, "the server is shutting down", "shutting_down", _RETRY)
+            self.strangers.pop(handler, None)
+            self._add(handler)
+            self.subscribers[subscriber.number] = subscriber
+            self.totals["connections"] += 1
+        self.keeper.forget(handler)
+
+    def leave(self, subscriber: Subscriber) -> None:
+        """Take a subscriber out of its channels and out of the count; what is left of it is a stranger."""
+        with self.lock:
+            left = self.subscribers.pop(subscriber.number, None)
+        if left:
+            self._add_stranger(subscriber)
+        self.registry.leave(subscriber, subscriber.channels)
+
+    def forget(self, peer: Peer) -> None:
+        """Forget a connection that is closed, but for what it counted."""
+        with self.lock:
+            if peer in self.strangers:
+                del self.strangers[peer]
+                self._add(peer)
+                self.totals["bytes_sent"] += peer.queue.sent
+
+    def _add_stranger(self, peer: Peer) -> None:
+        oldest = None
+        with self.lock:
+            self.strangers[peer] = None
+            if len(self.strangers) > self.settings.max_strangers:
+                oldest = next(iter(self.strangers))
+                self.strangers.move_to_end(oldest)  # it is on its way out; the next one to go is another
+        if oldest:
+            oldest.queue.abort()
+
+    def _add(self, peer: Peer, totals: collections.Counter[str] | None = None) -> None:
+        totals = self.totals if totals is None else totals
+        for name in _COUNTED:
+            totals[name] += getattr(peer, name)
+
+    def count(self, name: str) -> None:
+        """Count something that no connection counts for itself."""
+        with self.lock:
+            self.totals[name] += 1
+
+    def refuse(self, address: str, error: HTTPError) -> None:
+        """Count a refusal, and log it once in a while for each address."""
+        with self.lock:
+            self.refusals[error.code] += 1
+        if self.may_say(address):
+            log.info("%s: refused with %d: %s (said once a minute)", address, error.status, error)
+
+    def may_say(self, key: str) -> bool:
+        """Whether something may be logged that may be logged once a minute."""
+        now = time.monotonic()
+        with self.lock:
+            if self.said.get(key, now) > now:
+                return False
+            if len(self.said) >= 1024:
+                self.said = {key: until for key, until in self.said.items() if until > now}
+            if len(self.said) < 1024:
+                self.said[key] = now + 60
+                return True
+            return False
+
+    # What the server is doing
+
+    def statistics(self) -> tuple[collections.Counter[str], collections.Counter[str]]:
+        """Sum up what all connections counted, and the refusals by reason."""
+        with self.lock:
+            totals, refusals = self.totals.copy(), self.refusals.copy()
+            for peer in itertools.chain(self.subscribers.values(), self.strangers):
+                self._add(peer, totals)
+                totals["bytes_sent"] += peer.queue.sent
+                totals["queued"] += peer.queue.size
+            totals["open"] = len(self.subscribers)
+        totals["channels"] = len(self.registry)
+        return totals, refusals
+
+    def info(self) -> dict[str, Any]:
+        """Describe the server for GET /api/info."""
+        totals, _ = self.statistics()
+        settings = dataclasses.asdict(self.settings)
+        del settings["secret"], settings["port"]
+        return {
+            "version": __version__, "python": platform.python_version(),
+            "implementation": platform.python_implementation(),
+            "gil": getattr(sys, "_is_gil_enabled", lambda: True)(), "num_cpu": os.cpu_count(), "pid": os.getpid(),
+            "uptime_in_seconds": round(time.monotonic() - self.started), "tcp_port": self.server_address[1],
+            "connections": totals["open"], "channels": totals["channels"], **settings,
+        }
+
+    def metrics(self) -> str:
+        """Describe the server in Prometheus' text format, version 0.0.4."""
+        totals, refusals = self.statistics()
+        lines = []
+        for name, kind, about, samples in _METRICS:
+            lines += [f"# HELP philote_{name} {about}", f"# TYPE philote_{name} {kind}"]
+            lines += [f"philote_{name}{label} {totals[count]}" for label, count in samples.items()]
+        lines += ["# HELP philote_refusals_total Requests refused, by reason.", "# TYPE philote_refusals_total counter"]
+        lines += [f'philote_refusals_total{{reason="{code}"}} {count}' for code, count in sorted(refusals.items())]
+        return "\n".join(lines) + "\n"
+
+    # The end
+
+    def stop(self, timeout: float | None = None) -> None:
+        """Stop serving: no newcomers, queued messages are written, everybody gets close 1001.
+
+        It takes `timeout` seconds at most, by default those of the settings. A message that was read before the call
+        reaches all subscribers that read.
+        """
+        deadline = time.monotonic() + (self.settings.shutdown_timeout if timeout is None else timeout)
+        self.stopping.set()  # from now on, whatever is read is dropped
+        self.shutdown()
+        self.server_close()
+        _wait_until(lambda: not any(peer.busy for peer in self._peers()), deadline)
+        for peer in self._peers():
+            if isinstance(peer, Subscriber):
+                peer.end(GOING_AWAY, "server is shutting down", by=deadline)
+            elif not peer.busy:
+                peer.finish(b"", by=deadline)
+        _wait_until(lambda: not self._peers(), deadline)
+        for peer in self._peers():
+            peer.queue.abort()
+        _wait_until(lambda: not self._peers(), time.monotonic() + 1)
+        self.keeper.stop()
+        if self.reserve is not None:
+            os.close(self.reserve)
+
+    def _peers(self) -> list[Peer]:
+        with self.lock:
+            return [*self.subscribers.values(), *self.strangers]
+
+
+_RETRY = {"Retry-After": "5"}
+_COUNTED = ("received", "published", "delivered", "bytes_received", "bad_messages", "forbidden")
+_METRICS = (
+    ("connections", "gauge", "Connections now.", {"": "open"}),
+    ("connections_total", "counter", "Connections since the start.", {"": "connections"}),
+    ("channels", "gauge", "Channels that anybody reads now.", {"": "channels"}),
+    ("queued_bytes", "gauge", "Bytes that wait for slow subscribers now.", {"": "queued"}),
+    ("messages_received_total", "counter", "Messages that came, good and bad.", {"": "received"}),
+    ("messages_published_total", "counter", "Messages that were published.", {"": "published"}),
+    ("messages_delivered_total", "counter", "Messages queued for subscribers, once for each.", {"": "delivered"}),
+    ("received_bytes_total", "counter", "Bytes read.", {"": "bytes_received"}),
+    ("sent_bytes_total", "counter", "Bytes written.", {"": "bytes_sent"}),
+    ("errors_total", "counter", "Messages dropped, by code.",
+     {'{code="bad_message"}': "bad_messages", '{code="forbidden"}': "forbidden"}),
+    ("slow_consumers_total", "counter", "Subscribers disconnected for not reading.", {"": "slow_consumers"}),
+)
+
+
+def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    if host or not socket.has_dualstack_ipv6():
+        family, _, _, _, address = socket.getaddrinfo(
+            host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        return family, address
+    return socket.AF_INET6, ("::", port)
+
+
+def _wait_until(condition: Callable[[], bool], deadline: float) -> None:
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.01)
+
+
+# ------------------------------------------------------------------------------------------------------------ client
+# For Python programs, and for the commands below. simple-websocket runs the protocol, in a thread of its own.
+
+class PhiloteError(Exception):
+    """What a Client raises."""
+
+
+class Unauthorized(PhiloteError):
+    """The server let us not in: its answer to the opening handshake was not 101."""
+
+    def __init__(self, status: int, reason: str) -> None:
+        super().__init__(f"{reason} (HTTP {status})")
+        self.status = status
+
+
+class Forbidden(PhiloteError):
+    """The server dropped a message that was published: the token does not allow it, or it was malformed."""
+
+
+class ConnectionClosed(PhiloteError):
+    """The connection has ended, with a close code of RFC 6455, section 7.4 (1006: without a closing handshake)."""
+
+    def __init__(self, code: int, reason: str = "") -> None:
+        super().__init__(f"connection closed with {code}" + (f": {reason}" if reason else ""))
+        self.code = code
+
+
+class Client:
+    """A connection to a Philote server. Threads may share it: one may publish while another receives.
+
+        with Client("ws://localhost:6380", new_token(secret, read=["news"], write=["news"])) as client:
+            client.publish("news", "hello")
+            print(client.receive(timeout=1))
+
+    Raises OSError where the server cannot be reached, Unauthorized where it refuses the token. A server answers a
+    message that it drops some time later: Forbidden is raised by the next call that finds the answer, close() at last.
+    """
+
+    def __init__(self, url: str = "ws://localhost:6380", token: str = "") -> None:
+        self._arrived = threading.Condition()  # guards the next three
+        self._messages: collections.deque[Message] = collections.deque()
+        self._refusals: collections.deque[PhiloteError] = collections.deque()
+        self._end: ConnectionClosed | None = None
+        self._publishing = threading.Lock()  # keeps one message's encoding apart from another's
+        self._ws: Any = None
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("ws", "wss") or not parts.hostname:
+            raise PhiloteError(f"the URL must begin with ws:// or wss:// and name a host, not {url!r}")
+        self._ws = _ClientWebSocket.connect(
+            urllib.parse.urlunsplit(parts._replace(path=parts.path or "/")), headers={"Authorization": f"Bearer {token}"} if token else {},
+            thread_class=functools.partial(_ReaderThread, self), event_class=functools.partial(_Arrival, self))
+
+    def publish(self, channel: str, data: str) -> None:
+        """Send a message. Raises ConnectionClosed, and Forbidden for a message before this one."""
+        self._raise_refusal()
+        try:
+            with self._publishing:
+                self._ws.send(json.dumps({"channel": channel, "data": data}))
+        except (OSError, simple_websocket.ConnectionClosed):
+            self._ws.thread.join(CLOSING_TIME)
+            raise self._end or ConnectionClosed(1006) from None
+
+    def receive(self, timeout: float | None = None) -> Message | None:
+        """Wait `timeout` seconds (None: for ever) for the next message; None if there was none.
+
+        Raises ConnectionClosed once all that came has been received, and Forbidden for a message that we published.
+        """
+        with self._arrived:
+            self._arrived.wait_for(lambda: self._refusals or self._messages or self._end, timeout)
+            if self._messages and not self._refusals:
+                return self._messages.popleft()
+        self._raise_refusal()
+        if self._end:
+            raise self._end
+        return None
+
+    def __iter__(self) -> Iterator[Message]:
+        """Receive messages until close() ends the connection."""
+        while True:
+            try:
+                message = self.receive()
+            except ConnectionClosed as error:
+                if error.code == NORMAL:
+                    return
+                raise
+            if message:
+                yield message
+
+    def close(self) -> None:
+        """End the connection, once the server has all that was published. Raises Forbidden."""
+        self._close()
+        self._raise_refusal()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(self, kind: object, *_: object) -> None:
+        self._close()
+        if kind is None:
+            self._raise_refusal()
+
+    def _close(self) -> None:
+        with contextlib.suppress(OSError, simple_websocket.ConnectionClosed), self._publishing:
+            self._ws.close()
+        if self._ws.thread is not threading.current_thread():
+            self._ws.thread.join(CLOSING_TIME)
+            self._ws.sock.abort()
+            self._ws.thread.join()
+
+    def _raise_refusal(self) -> None:
+        with self._arrived:
+            if self._refusals:
+                raise self._refusals.popleft()
+
+    # The reader's thread
+
+    def take(self) -> None:
+        """Take what the library has read."""
+        with self._arrived:
+            while self._ws and self._ws.input_buffer:
+                value = json.loads(self._ws.input_buffer.pop(0))
+                if "error" in value:
+                    self._refusals.append(Forbidden(value.get("reason", value["error"])))
+                else:
+                    self._messages.append(
+                        Message(value.get("issuer", ""), value.get("channel", ""), value.get("data", "")))
+            self._arrived.notify_all()
+
+    def read(self, loop: Callable[[], None]) -> None:
+        """Run the library's read loop, to the connection's end."""
+        try:
+            loop()
+        finally:
+            code = 1006 if self._ws.sock.ended else int(self._ws.close_reason)
+            self._ws.sock.abort()
+            with self._arrived:
+                self._end = ConnectionClosed(code, self._ws.close_message or "")
+                self._arrived.notify_all()
+
+
+class _ReaderThread(threading.Thread):
+    def __init__(self, client: Client, target: Callable[[], None]) -> None:
+        super().__init__(target=client.read, args=(target,), daemon=True)
+
+
+class _ClientWebSocket(simple_websocket.Client):
+    def handshake(self) -> None:
+        self.sock = _ClientSocket(self.sock)
+        try:
+            super().handshake()
+        except simple_websocket.ConnectionError as error:
+            try:
+                reason = json.loads(self.sock.rest)["reason"]
+            except (ValueError, LookupError, TypeError):
+                reason = "the server refused the connection"
+            raise Unauthorized(error.status_code, reason) from None
+        finally:
+            if not self.connected:
+                self.sock.abort()
+
+
+class _ClientSocket:
+    """A socket, TLS or not, that one thread may read while another writes; send() writes all it is given.
+
+    No thread is ever inside a call of the socket for long, and never two: they wait outside. Two threads inside one
+    TLS connection corrupt it or wait for each other.
+    """
+
+    def __init__(self, sock: socket.socket) -> None:
+        self.sock = sock
+        self.sock.setblocking(False)
+        self.calling = threading.Lock()  # guards the socket
+        self.sending = threading.Lock()  # keeps a frame whole
+        self.rest = b""  # what was read behind the answer to the opening handshake
+        self.opened = self.ended = False
+
+    def send(self, data: bytes) -> int:
+        with self.sending:
+            view = memoryview(data)
+            while view:
+                view = view[self._call(self.sock.send, view, selectors.EVENT_WRITE):]
+        return len(data)
+
+    def recv(self, size: int) -> bytes:
+        # The library looks for frames behind the handshake's answer only when more arrives: they are held back for it.
+        if not self.opened:
+            while b"\r\n\r\n" not in self.rest:
+                self.rest += self._receive(size)
+            self.opened = True
+            end = self.rest.index(b"\r\n\r\n") + 4
+            head, self.rest = self.rest[:end], self.rest[end:]
+            return head
+        if self.rest:
+            data, self.rest = self.rest, b""
+            return data
+        return self._receive(size)
+
+    def _receive(self, size: int) -> bytes:
+        data = self._call(self.sock.recv, max(size, _LARGEST_READ), selectors.EVENT_READ)
+        if not data:
+            self.ended = True
+            raise ConnectionResetError("the server closed the connection")
+        return data
+
+    def _call(self, call: Callable[[Any], Any], argument: Any, event: int) -> Any:
+        while True:
+            try:
+                with self.calling:
+                    return call(argument)
+            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
+                if isinstance(error, ssl.SSLError):
+                    event = selectors.EVENT_READ if isinstance(error, ssl.SSLWantReadError) else selectors.EVENT_WRITE
+            except OSError:
+                self.ended = True
+                raise
+            with _Selector() as selector, contextlib.suppress(ValueError):  # where abort() has closed it meanwhile
+                selector.register(self.sock, event)
+                selector.select()
+
+    def close(self) -> None:
+        """Leave the socket open: what comes before the server's close frame is still to be read."""
+
+    def abort(self) -> None:
+        """End the connection, which ends the wait of a thread in recv()."""
+        with self.calling, contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+
+
+_Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
+
+
+# ------------------------------------------------------------------------------------------------------ command line
+# philote [serve], philote token, philote subscribe, philote publish.
+
+_EXAMPLES = {
+    "": "example, in two terminals:\n  philote serve\n  philote subscribe news\n  philote publish news hello",
+    "serve": "example:\n  SECRET=$(openssl rand -hex 32) PORT=8080 philote serve\n\nsettings, from the environment:\n"
+             + "\n".join(f"  {name.upper():18}{allowed}" for name, (_, allowed) in _ALLOWED.items()),
+    "token": "example:\n  SECRET=... philote token --read news,chat --write chat --expires 1h",
+    "subscribe": "example:\n  philote subscribe news --json --token \"$(philote token --read news)\"",
+    "publish": "example:\n  tail -f /var/log/syslog | philote publish logs",
+}
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def _parse_duration(text: str) -> float:
+    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text, re.ASCII)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90s, 15m, 1h or 7d")
+    return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def _parse_names(text: str) -> list[str]:
+    return [name for name in text.split(",") if name]
+
+
+def _make_parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="philote", description="WebSocket publish/subscribe server, and the tools for it.",
+                     epilog=_EXAMPLES[""], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"philote {__version__}")
+    parser.set_defaults(command=_serve)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+
+    def add(name: str, command: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".",
+                                    epilog=_EXAMPLES[name], formatter_class=argparse.RawDescriptionHelpFormatter)
+        added.set_defaults(command=command)
+        return added
+
+    add("serve", _serve, "serve; what philote does without a command")
+    token = add("token", _token, "print a token signed with SECRET, or check one")
+    token.add_argument("--read", type=_parse_names, default=[], metavar="A,B", help="channels that it may read")
+    token.add_argument("--write", type=_parse_names, default=[], metavar="A,B", help="channels that it may write")
+    token.add_argument("--expires", type=_parse_duration, metavar="1h", help="how long it is valid (default: for ever)")
+    token.add_argument("--api", action="store_true", help="also open /api/info and /metrics")
+    token.add_argument("--check", metavar="TOKEN", help="say what a token allows instead; - reads it from standard input")
+    subscribe = add("subscribe", _subscribe, "print the messages of channels, a line each")
+    subscribe.add_argument("channels", nargs="+", metavar="CHANNEL")
+    subscribe.add_argument("--json", action="store_true", help="print the whole message as JSON")
+    subscribe.add_argument("--count", type=int, metavar="N", help="end after N messages")
+    publish = add("publish", _publish, "publish a message, or a message for each line of standard input")
+    publish.add_argument("channel", metavar="CHANNEL")
+    publish.add_argument("data", nargs="?", metavar="DATA")
+    for command in (subscribe, publish):
+        command.add_argument("--url", default=os.environ.get("PHILOTE_URL", "ws://localhost:6380"),
+                             help="server (default: PHILOTE_URL, or ws://localhost:6380)")
+        command.add_argument("--token", default=os.environ.get("PHILOTE_TOKEN"),
+                             help="token (default: PHILOTE_TOKEN, or one made on the spot with SECRET)")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a command and exit with its status."""
+    parsed = _make_parser().parse_args(arguments)
+    try:
+        status = parsed.command(parsed)
+    except KeyboardInterrupt:
+        status = 0
+    except BrokenPipeError:  # whoever read our output has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
+    except (PhiloteError, OSError) as error:
+        print(f"philote: {error}", file=sys.stderr)
+        status = 1
+    sys.exit(status)
+
+
+def _serve(_: argparse.Namespace) -> int:
+    try:
+        settings = Settings.from_environ(os.environ)
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        return 2
+    logging.Formatter.converter = time.gmtime
+    logging.basicConfig(level=_LEVELS[settings.loglevel], stream=sys.stderr,
+                        format="%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    # Taken one by one with sigwait(), signals interrupt no thread in the middle of anything.
+    signals = {signal.SIGINT, signal.SIGTERM}
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    threading.stack_size(2 << 20)  # JSON nested deeply needs it; memory that is not touched costs nothing
+    _raise_descriptor_limit(settings)
+    try:
+        server = Server(settings)
+    except OSError as error:
+        print(f"philote: cannot listen on {settings.host or 'all interfaces'}, port {settings.port}: {error.strerror}",
+              file=sys.stderr)
+        return 1
+    with server:
+        _greet(server)
+        caught = signal.sigwait(signals)
+        for number in signals:
+            signal.signal(number, lambda *_: os._exit(1))  # a second signal ends it at once
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+        log.info("%s: shutting down", signal.Signals(caught).name)
+    log.info("stopped")
+    return 0
+
+
+def _greet(server: Server) -> None:
+    settings, (address, port, *_) = server.settings, server.server_address
+    log.info("philote %s on Python %s listens on %s port %d: MAX_CONNECTIONS=%d CHECK_ORIGIN=%s SECRET %s LOGLEVEL=%s",
+             __version__, platform.python_version(), address, port, settings.max_connections, settings.check_origin,
+             "set" if settings.secret else "empty", settings.loglevel)
+    if not settings.secret:
+        log.warning("SECRET is empty: anybody can make a token, so only clients on this machine are let in")
+    elif len(settings.secret) < 32:
+        log.warning("SECRET has %d characters; one of 32 or more cannot be guessed", len(settings.secret))
+
+
+def _raise_descriptor_limit(settings: Settings) -> None:
+    needed = settings.max_connections + settings.max_strangers + 64
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        if hard == resource.RLIM_INFINITY or hard >= needed:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+        else:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+            log.warning("MAX_CONNECTIONS=%d needs %d descriptors, and the system allows %d (ulimit -n)",
+                        settings.max_connections, needed, hard)
+
+
+def _token(arguments: argparse.Namespace) -> int:
+    secret = os.environ.get("SECRET", "")
+    if arguments.check is None:
+        print(new_token(secret, arguments.read, arguments.write, arguments.expires, arguments.api))
+        return 0
+    token = sys.stdin.readline().strip() if arguments.check == "-" else arguments.check
+    try:
+        key = decode_token(token, secret)
+    except TokenError as error:
+        print(f"refused: {error}")
+        return 1
+    until = "for ever" if key.expires is None else time.strftime("until %Y-%m-%d %H:%M:%S UTC", time.gmtime(key.expires))
+    print(f"valid {until}; read: {', '.join(sorted(key.read)) or 'nothing'}; "
+          f"write: {', '.join(sorted(key.write)) or 'nothing'}; api: {'yes' if key.api else 'no'}")
+    return 0
+
+
+def _connect(arguments: argparse.Namespace, **rights: Sequence[str]) -> Client:
+    secret = os.environ.get("SECRET", "")
+    return Client(arguments.url, arguments.token or new_token(secret, **rights))
+
+
+def _subscribe(arguments: argparse.Namespace) -> int:
+    left, pause = arguments.count or math.inf, 0.5
+    while True:
+        try:
+            with _connect(arguments, read=arguments.channels) as client:
+                pause = 0.5
+                for message in client:
+                    if message.channel in arguments.channels:
+                        print(json.dumps(message._asdict()) if arguments.json else message.data, flush=True)
+                        left -= 1
+                        if left <= 0:
+                            return 0
+        except Unauthorized:
+            raise
+        except BrokenPipeError:
+            raise
+        except (PhiloteError, OSError) as error:
+            print(f"philote: {error}; trying again in {pause:g} seconds", file=sys.stderr)
+        time.sleep(pause)
+        pause = min(2 * pause, 30)
+
+
+def _publish(arguments: argparse.Namespace) -> int:
+    with _connect(arguments, write=[arguments.channel]) as client:
+        for line in sys.stdin if arguments.data is None else [arguments.data]:
+            client.publish(arguments.channel, line.rstrip("\n"))
+    return 0
+
+
+if __name__ == "__main__":
+    main()
