@@ -352,7 +352,7 @@ def encode_error(code: str, reason: str) -> bytes:
 
 TEXT, CLOSE, PING = 1, 8, 9  # opcodes
 NORMAL, GOING_AWAY, POLICY, TOO_BIG, INTERNAL, EXPIRED = 1000, 1001, 1008, 1009, 1011, 4401  # close codes
-_TEXT_HEADS = [bytes((0x80 | TEXT, size)) for size in range(126)]
+_XOR = [bytes(a ^ b for a in range(256)) for b in range(256)]
 
 
 class MessageTooBig(ValueError):
@@ -380,23 +380,16 @@ def encode_close(code: int, reason: str) -> bytes:
 
 
 def unmask(mask: bytes, payload: bytes) -> bytes:
-    """Apply a masking key of 4 bytes (RFC 6455, section 5.3), as one exclusive or of two very long integers."""
+    """Apply a masking key of 4 bytes (RFC 6455, section 5.3)."""
     size = len(payload)
+    if size > 1000:  # four strides, each by a table
+        masked = bytearray(payload)
+        for i in range(4):
+            masked[i::4] = masked[i::4].translate(_XOR[mask[i]])
+        return bytes(masked)
+    # one exclusive or of two very long integers
     key = (mask * (size // 4 + 1))[:size]
     return (int.from_bytes(payload, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")
-
-
-def decode_frame_size(data: bytes, at: int) -> tuple[int, int] | None:
-    """Decode the sizes (head, payload) of the client's frame that begins at `at`; None if more bytes are needed."""
-    have = len(data) - at
-    if have < 2:
-        return None
-    size = data[at + 1] & 0x7F
-    if size < 126:
-        return 6, size
-    if size == 126:
-        return (8, data[at + 2] << 8 | data[at + 3]) if have >= 4 else None
-    return (14, int.from_bytes(data[at + 2:at + 10], "big")) if have >= 10 else None
 
 
 def _is_well_formed(first: int, second: int, size: int) -> bool:
@@ -405,7 +398,10 @@ def _is_well_formed(first: int, second: int, size: int) -> bool:
         return False
     if first & 8:
         return bool(first & 0x80) and size <= 125
-    return size > (-1, 125, 65535)[max(0, (second & 0x7F) - 125)] and size < 1 << 63
+    return size >= _LEAST[second & 0x7F] and size < 1 << 63
+
+
+_LEAST = [0] * 126 + [126, 65536]  # the sizes must be written in the shortest form
 
 
 def read_frames(max_message_size: int) -> Iterator[Any]:
@@ -417,13 +413,16 @@ def read_frames(max_message_size: int) -> Iterator[Any]:
     data, at = b"", 0
     fragmented, message_size = False, 0  # whether a message's fragments are under way, and their bytes so far
     while True:
-        sizes = decode_frame_size(data, at)
-        if sizes is None:
+        have = len(data) - at
+        size = data[at + 1] & 0x7F if have >= 2 else 0
+        head = 6 if size < 126 else 8 if size == 126 else 14
+        if have < head - 4:
             data, at = data[at:] + (yield None), 0
             continue
-        head, size = sizes
-        first = data[at]
-        if not _is_well_formed(first, data[at + 1], size):
+        first, second = data[at], data[at + 1]
+        if size >= 126:
+            size = int.from_bytes(data[at + 2:at + head - 4], "big")
+        if not _is_well_formed(first, second, size):
             yield data[at:]
             data, at = yield None, 0
             continue
@@ -457,7 +456,7 @@ def read_frames(max_message_size: int) -> Iterator[Any]:
 # subscriber that does not read costs the others nothing.
 
 _DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
-_FRAMES_PER_WRITE = 64  # buffers in one system call; every system has room for more (IOV_MAX is 1024)
+_BUFFERS_PER_WRITE = 64  # in one system call; every system has room for more (IOV_MAX is 1024)
 
 
 class WriterQueue:
@@ -487,7 +486,7 @@ class WriterQueue:
     def flush(self) -> None:
         """Write what the socket takes without waiting. Any thread."""
         # A thread that finds the lock taken leaves its data to the holder; so the holder looks again after letting go.
-        while self.pending and self.writing.acquire(blocking=False):
+        while self.pending and self.writing.acquire(False):
             try:
                 overflow = self._write()
             finally:
@@ -507,17 +506,19 @@ class WriterQueue:
                     half = [data for data in self.unsent if isinstance(data, memoryview)]
                     self.unsent = collections.deque(half)
                     self.size = sum(map(len, half))
-                self.unsent.append(last)
-                self.size += len(last)
+                if last:
+                    self.unsent.append(last)
+                    self.size += len(last)
                 self.finished = True
-            self._write()
+            self._write_unsent()
 
     def resume(self) -> None:
         """Go on after the socket was full. The keeper's thread."""
         with self.writing:
             if not self.closed:
                 self.full = False
-                self._write()
+                self._take()
+                self._write_unsent()
 
     def abort(self) -> None:
         """Drop all that waits and end the connection, which wakes the thread that reads it. Any thread."""
@@ -543,6 +544,33 @@ class WriterQueue:
                 return
         self.keeper.request(self)  # it closes the socket once its selector has let go of it
 
+    # The holder of `writing`
+
+    def _write(self) -> bool:
+        # Returns whether too much is left.
+        if self.unsent or self.finished:
+            self._take()
+            self._write_unsent()
+        else:
+            data = self.pending.popleft()
+            if self.pending:
+                data = b"".join([data, *(self.pending.popleft() for _ in range(len(self.pending)))])
+            try:
+                sent = self.sock.send(data, _DONTWAIT)
+            except BlockingIOError:
+                sent = 0
+            except OSError:
+                self._give_up()
+                return False
+            self.sent += sent
+            if sent == len(data):
+                return False
+            self.unsent.append(memoryview(data)[sent:] if sent else data)
+            self.size = len(data) - sent
+            self._wait_for_room()
+        # The frame that is being written does not count, so that one message always fits.
+        return not self.finished and self.size > self.limit and self.size - len(self.unsent[0]) > self.limit
+
     def _take(self) -> None:
         for _ in range(len(self.pending)):
             data = self.pending.popleft()
@@ -550,38 +578,31 @@ class WriterQueue:
                 self.unsent.append(data)
                 self.size += len(data)
 
-    def _write(self) -> bool:
-        # Returns whether too much is left. `writing` is held.
-        self._take()
-        unsent = self.unsent
-        while unsent and not self.full:
+    def _write_unsent(self) -> None:
+        while self.unsent and not self.full:
             try:
-                if len(unsent) == 1:
-                    sent = self.sock.send(unsent[0], _DONTWAIT)
-                else:
-                    sent = self.sock.sendmsg(list(itertools.islice(unsent, _FRAMES_PER_WRITE)), (), _DONTWAIT)
+                sent = self.sock.sendmsg(list(itertools.islice(self.unsent, _BUFFERS_PER_WRITE)), (), _DONTWAIT)
             except BlockingIOError:
-                self.full = True
-                self.keeper.request(self)
-                break
+                self._wait_for_room()
             except OSError:
                 self._give_up()
-                return False
-            self._forget(sent)
-        if not unsent and self.finished:
+            else:
+                self._drop(sent)
+        if self.finished and not self.unsent and not self.closed:
             with contextlib.suppress(OSError):
                 self.sock.shutdown(socket.SHUT_WR)
-        # The frame that is being written does not count, so that one message always fits.
-        return not self.finished and self.size > self.limit and self.size - len(unsent[0]) > self.limit
 
-    def _forget(self, sent: int) -> None:
-        unsent = self.unsent
+    def _drop(self, sent: int) -> None:
         self.sent += sent
         self.size -= sent
-        while unsent and sent >= len(unsent[0]):
-            sent -= len(unsent.popleft())
+        while self.unsent and sent >= len(self.unsent[0]):
+            sent -= len(self.unsent.popleft())
         if sent:
-            unsent[0] = memoryview(unsent[0])[sent:]
+            self.unsent[0] = memoryview(self.unsent[0])[sent:]
+
+    def _wait_for_room(self) -> None:
+        self.full = True
+        self.keeper.request(self)
 
     def _give_up(self) -> None:
         self.finished = True
@@ -1038,7 +1059,7 @@ class Channel:
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # guards groups, and the order of this channel's messages in all queues
-        self.groups: dict[Callable[[Sequence[bytes]], bytes], dict[Subscriber, Callable[[bytes], None]]] = {}
+        self.groups: dict[Callable[[Sequence[bytes]], bytes], dict[WriterQueue, Callable[[bytes], None]]] = {}
 
 
 class ChannelRegistry:
@@ -1058,7 +1079,8 @@ class ChannelRegistry:
             with self.lock:
                 channel = self.channels.setdefault(name, Channel())
                 with channel.lock:
-                    channel.groups.setdefault(subscriber.encode, {})[subscriber] = subscriber.queue.pending.append
+                    group = channel.groups.setdefault(subscriber.encode, {})
+                    group[subscriber.queue] = subscriber.queue.pending.append
 
     def leave(self, subscriber: Subscriber, names: Iterable[str]) -> None:
         """Undo join(); a channel that nobody reads any more is forgotten."""
@@ -1069,13 +1091,13 @@ class ChannelRegistry:
                     continue
                 with channel.lock:
                     group = channel.groups.get(subscriber.encode, {})
-                    group.pop(subscriber, None)
+                    group.pop(subscriber.queue, None)
                     if not group:
                         channel.groups.pop(subscriber.encode, None)
                 if not channel.groups:
                     del self.channels[name]
 
-    def publish(self, name: str, payloads: Sequence[bytes], issuer: Peer, touched: set[Subscriber]) -> int:
+    def publish(self, name: str, payloads: Sequence[bytes], issuer: WriterQueue, touched: set[WriterQueue]) -> int:
         """Queue messages for all subscribers of a channel but their issuer; return how many subscribers that is.
 
         They are added to `touched`: the caller flushes their queues, without any lock.
@@ -1088,12 +1110,15 @@ class ChannelRegistry:
         with channel.lock:
             for encode, group in channel.groups.items():
                 data = encode(payloads)  # once for all of them
-                for subscriber, put in group.items():
-                    if subscriber is not issuer:
+                for queue, put in group.items():
+                    if queue is not issuer:
                         put(data)
                         receivers += 1
                 touched.update(group)
         return receivers
+
+
+_LARGEST_GATHERED = 65536
 
 
 class Batch:
@@ -1102,11 +1127,11 @@ class Batch:
     def __init__(self, server: Server, issuer: Peer) -> None:
         self.registry = server.registry
         self.issuer = issuer
-        self.limit = server.settings.write_buffer_size
+        self.least = self.limit = server.settings.write_buffer_size
         self.channel = ""
         self.payloads: list[bytes] = []  # consecutive messages to that channel
         self.size = 0
-        self.touched: set[Subscriber] = set()
+        self.touched: set[WriterQueue] = set()
         self.receivers = 0  # how many subscribers there were for what was published last
 
     def add(self, channel: str, payload: bytes) -> None:
@@ -1118,11 +1143,12 @@ class Batch:
         self.size += len(payload)
         if self.size >= self.limit:
             self.flush()
+            self.limit = min(4 * self.limit, _LARGEST_GATHERED)  # under load, one system call carries more
 
     def publish(self) -> None:
         """Queue the messages for all subscribers."""
         if self.payloads:
-            self.receivers = self.registry.publish(self.channel, self.payloads, self.issuer, self.touched)
+            self.receivers = self.registry.publish(self.channel, self.payloads, self.issuer.queue, self.touched)
             self.issuer.published += len(self.payloads)
             self.issuer.delivered += self.receivers * len(self.payloads)
             self.payloads = []
@@ -1130,11 +1156,13 @@ class Batch:
     def flush(self) -> None:
         """Queue the messages and write to all that they were queued for."""
         self.publish()
+        if self.size < self.limit >> 2:
+            self.limit = max(self.limit >> 1, self.least)
         self.size = 0
         if self.touched:
             touched, self.touched = self.touched, set()
-            for subscriber in touched:
-                subscriber.queue.flush()
+            for queue in touched:
+                queue.flush()
 
 
 # ----------------------------------------------------------------------------------------------------- HTTP requests
