@@ -68,7 +68,7 @@ import threading
 import time
 import urllib.parse
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
 
 try:
@@ -201,7 +201,7 @@ class Settings:
 
 MAX_TOKEN_SIZE = 8192  # bytes; a longer one is refused before any work is spent on it
 _ALGORITHMS = ["HS256", "HS384", "HS512"]
-_UNJUDGED = {"verify_aud": False, "verify_iss": False, "verify_sub": False, "verify_jti": False}
+_UNJUDGED: Any = {"verify_aud": False, "verify_iss": False, "verify_sub": False, "verify_jti": False}
 
 
 class TokenError(ValueError):
@@ -405,7 +405,7 @@ def _is_well_formed(first: int, second: int, size: int) -> bool:
 _LEAST = [0] * 126 + [126, 65536]  # the sizes must be written in the shortest form
 
 
-def read_frames(max_message_size: int) -> Iterator[Any]:
+def read_frames(max_message_size: int) -> Generator[str | bytes | None, bytes, NoReturn]:
     """Cut a client's bytes into frames; a coroutine without any input or output of its own.
 
     It yields a str for a text message that came whole in one frame, bytes for any other frame (as it came), and None
@@ -779,6 +779,9 @@ class Subscriber(Peer):
     def first_look(self) -> None:
         """Begin with the heartbeats and the watch over the token's expiry."""
         interval = self.server.settings.ping_interval or math.inf
+        if interval < math.inf and hasattr(socket, "TCP_USER_TIMEOUT"):
+            # Bytes that a dead peer does not acknowledge would keep the system busy for a quarter of an hour.
+            self.queue.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * interval))
         if (due := min(time.monotonic() + interval, self._expiry())) < math.inf:
             self.queue.keeper.look_at(self, due)
 
@@ -946,8 +949,8 @@ class _UnstartedThread:
 
 
 class _Arrival:
-    def __init__(self, websocket: WebSocket) -> None:
-        self.set = websocket.take
+    def __init__(self, connection: WebSocket | Client) -> None:
+        self.set = connection.take
 
 
 class SocketAdapter:
@@ -1215,6 +1218,11 @@ class Request(NamedTuple):
         return self.version == "1.1" and "close" not in self.tokens("connection")
 
     @property
+    def has_body(self) -> bool:
+        """Whether a body follows the head."""
+        return "transfer-encoding" in self.headers or self.headers.get("content-length", "0") != "0"
+
+    @property
     def wants_upgrade(self) -> bool:
         """Whether this is meant to open a WebSocket, well or badly."""
         return "websocket" in self.tokens("upgrade") or "sec-websocket-key" in self.headers
@@ -1275,7 +1283,7 @@ def check_upgrade(request: Request) -> None:
         nonce = b""
     if len(nonce) != 16:
         raise HTTPError(400, "there must be one Sec-WebSocket-Key, 16 bytes in base64")
-    if headers.get("content-length", "0") != "0" or "transfer-encoding" in headers:
+    if request.has_body:
         raise HTTPError(400, "an upgrade has no body")
 
 
@@ -1308,6 +1316,7 @@ class RequestHandler(Peer):
         super().__init__(server, queue, address)
         self.buffer = b""  # read, and not yet used
         self.deadline = time.monotonic() + REQUEST_TIME  # for the request under way
+        self.unread = False  # whether it has a body that was not read
         self.subscriber: Subscriber | None = None  # what the connection became
 
     # The keeper's thread
@@ -1359,6 +1368,7 @@ class RequestHandler(Peer):
             if head is None:
                 return False
             request = decode_request(head)
+            self.unread = request.has_body
             if request.wants_upgrade:
                 return self._upgrade(request)
             return self._route(request)
@@ -1388,7 +1398,6 @@ class RequestHandler(Peer):
             raise HTTPError(431, f"the head of a request may have {MAX_HEAD_SIZE} bytes")
         self.busy = True
         head, self.buffer = self.buffer[:end], self.buffer[end + 4:]
-        self.unread = False
         return head
 
     def _read_body(self, request: Request) -> bytes:
@@ -1410,7 +1419,7 @@ class RequestHandler(Peer):
                 raise ConnectionError
             body += data
         self.busy = True
-        self.buffer = bytes(body[size:])
+        self.buffer, self.unread = bytes(body[size:]), False
         return bytes(body[:size])
 
     def _route(self, request: Request) -> bool:
@@ -1436,8 +1445,7 @@ class RequestHandler(Peer):
 
     def _may_go_on(self, request: Request) -> bool:
         # A body that nobody read would be taken for the next request.
-        return request.keeps_alive and (request.method == "POST" or not (
-            "transfer-encoding" in request.headers or request.headers.get("content-length", "0") != "0"))
+        return request.keeps_alive and not self.unread
 
     def _respond(self, request: Request | None, status: int, body: bytes, headers: Mapping[str, str]) -> None:
         if request and request.method == "HEAD":
@@ -2004,6 +2012,8 @@ class _ReaderThread(threading.Thread):
 
 
 class _ClientWebSocket(simple_websocket.Client):
+    sock: Any
+
     def handshake(self) -> None:
         self.sock = _ClientSocket(self.sock)
         try:
@@ -2243,9 +2253,8 @@ def _token(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _connect(arguments: argparse.Namespace, **rights: Sequence[str]) -> Client:
-    secret = os.environ.get("SECRET", "")
-    return Client(arguments.url, arguments.token or new_token(secret, **rights))
+def _connect(arguments: argparse.Namespace, read: Sequence[str] = (), write: Sequence[str] = ()) -> Client:
+    return Client(arguments.url, arguments.token or new_token(os.environ.get("SECRET", ""), read, write))
 
 
 def _subscribe(arguments: argparse.Namespace) -> int:
