@@ -8,30 +8,35 @@
     python philote.py            # serves ws://localhost:6380
     python philote.py --help     # the other commands: token, subscribe, publish
 
-A client connects with a JSON Web Token that lists the channels it may read and write. What one connection writes to a
-channel, every other connection that may read it receives:
+A client connects with a JSON Web Token that lists the channels it may read and write. What one
+connection writes to a channel, every other connection that may read it receives:
 
     client -> server    {"channel": "news", "data": "hello"}
-    server -> others    {"issuer":"0f8fad5b-d9cb-469f-a165-70867728950e","channel":"news","data":"hello"}
-    server -> client    {"error": "forbidden", "reason": "..."}      where it may not write that channel
+    server -> others    {"issuer":"0f8fad5b-d9cb-469f-a165-70867728950e",
+                         "channel":"news","data":"hello"}
+    server -> client    {"error": "forbidden", "reason": "..."}    where it may not write there
 
-The way of a message. One thread, that of the publisher's connection, walks all of it; nobody hands over to anybody:
+The way of a message. One thread, that of the publisher's connection, walks all of it; nobody hands
+over to anybody:
 
-    socket -> FrameReader -> decode_message -> heads (may it write?) -> ChannelRegistry -> WriterQueues -> sockets
+    socket -> FrameReader -> decode_message -> heads (may it write?)
+           -> ChannelRegistry -> WriterQueues -> sockets
 
 There are three kinds of thread:
 
     accept      Server.serve_forever: accepts, starts a thread per connection
-    connection  RequestHandler.handle: reads a request, answers it, and where it is an upgrade becomes
-                WebSocket.run: reads frames, publishes messages, writes them to the subscribers' sockets
-    keeper      Keeper.run: writes to the sockets that were full, and looks at each connection when it is due
-                (request deadline, heartbeat, expiry of its token, end of its closing handshake)
+    connection  RequestHandler.handle: reads a request, answers it, and where it is an upgrade
+                becomes WebSocket.run: reads frames, publishes messages, writes them to the
+                subscribers' sockets
+    keeper      Keeper.run: writes to the sockets that were full, and looks at each connection
+                when it is due (request deadline, heartbeat, expiry of its token, end of its
+                closing handshake)
 
-Left out on purpose: storage and replay of messages, TLS (a proxy does that), compression (it would cost each
-connection some 300 KB and each message its shared frame), clusters of servers, Windows.
+Left out on purpose: storage and replay of messages, TLS (a proxy does that), compression (it would
+cost each connection some 300 KB and each message its shared frame), clusters of servers, Windows.
 
-The sections, in the order of a message's way: settings, access keys, messages, frames, writer queues, channel registry,
-connections, HTTP requests, server, client, command line.
+The sections, in the order of a message's way: settings, access keys, messages, frames, writer
+queues, channel registry, connections, HTTP requests, server, client, command line.
 """
 
 from __future__ import annotations
@@ -78,19 +83,21 @@ try:
 except ImportError as error:
     if __name__ != "__main__":
         raise
-    sys.exit(f"philote: {error.name} is missing; install it with: pip install simple-websocket PyJWT")
+    sys.exit(
+        f"philote: {error.name} is missing; install it with: pip install simple-websocket PyJWT")
 
 __version__ = "1.0.0"
 __all__ = [
-    "AccessKey", "Client", "ConnectionClosed", "Forbidden", "Message", "PhiloteError", "Server", "Settings",
-    "SettingsError", "Unauthorized", "new_token",
+    "AccessKey", "Client", "ConnectionClosed", "Forbidden", "Message", "PhiloteError", "Server",
+    "Settings", "SettingsError", "Unauthorized", "new_token",
 ]
 
 log = logging.getLogger("philote")
 
 
-# ---------------------------------------------------------------------------------------------------------- settings
-# What an operator can choose, from the environment. One table is the parser and the documentation of what is allowed.
+# ----------------------------------------------------------------------------------------- settings
+# What an operator can choose, from the environment. One table is the parser and the documentation
+# of what is allowed.
 
 class SettingsError(ValueError):
     """Settings that are not allowed, one line for each."""
@@ -132,8 +139,8 @@ def _parse_secret(text: str) -> str:
 
 
 _LEVELS = {
-    "debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING, "error": logging.ERROR,
-    "fatal": logging.CRITICAL, "panic": logging.CRITICAL,
+    "debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING,
+    "error": logging.ERROR, "fatal": logging.CRITICAL, "panic": logging.CRITICAL,
 }
 _SIZE = (_number(1, 2**30), "a number of bytes from 1 to 1073741824")
 _SECONDS = (_number(0, 86400, float), "a number of seconds from 0 to 86400")
@@ -145,10 +152,12 @@ _ALLOWED: dict[str, tuple[Callable[[str], Any], str]] = {
     "max_connections": (_number(1, 10**6), "a number from 1 to 1000000"),
     "max_message_size": _SIZE,
     "max_queue_size": _SIZE,
-    "max_message_rate": (_number(0, 10**9, float), "a number of messages a second, or 0 for no limit"),
+    "max_message_rate": (
+        _number(0, 10**9, float), "a number of messages a second, or 0 for no limit"),
     "read_buffer_size": _SIZE,
     "write_buffer_size": _SIZE,
-    "check_origin": (_parse_origins, "true, false, or a list of origins such as https://example.com"),
+    "check_origin": (
+        _parse_origins, "true, false, or a list of origins such as https://example.com"),
     "ping_interval": _SECONDS,
     "shutdown_timeout": _SECONDS,
 }
@@ -196,12 +205,15 @@ class Settings:
         return max(64, self.max_connections)
 
 
-# ------------------------------------------------------------------------------------------------------- access keys
-# A JSON Web Token (RFC 7519), signed with the server's secret, says which channels its bearer may read and write.
+# -------------------------------------------------------------------------------------- access keys
+# A JSON Web Token (RFC 7519), signed with the server's secret, says which channels its bearer may
+# read and write.
 
 MAX_TOKEN_SIZE = 8192  # bytes; a longer one is refused before any work is spent on it
 _ALGORITHMS = ["HS256", "HS384", "HS512"]
-_UNJUDGED: Any = {"verify_aud": False, "verify_iss": False, "verify_sub": False, "verify_jti": False}
+_UNJUDGED: Any = {
+    "verify_aud": False, "verify_iss": False, "verify_sub": False, "verify_jti": False,
+}
 
 
 class TokenError(ValueError):
@@ -218,16 +230,17 @@ class AccessKey(NamedTuple):
 
 
 def _signing_key(secret: str) -> bytes:
-    # HMAC pads its key with zero bytes (RFC 2104, section 2), so this changes no signature; but PyJWT refuses the empty
-    # key, which is the default that the original's clients sign with, and warns of a short one at every use.
+    # HMAC pads its key with zero bytes (RFC 2104, section 2), so this changes no signature; but
+    # PyJWT refuses the empty key, which is the default that the original's clients sign with, and
+    # warns of a short one at every use.
     return secret.encode("utf-8", "surrogateescape").ljust(64, b"\0")
 
 
-def new_token(secret: str, read: Iterable[str] = (), write: Iterable[str] = (), expires_in: float | None = None,
-              api: bool = False) -> str:
-    """Make a token for the channels `read` and `write`, valid for `expires_in` seconds (None: for ever).
+def new_token(secret: str, read: Iterable[str] = (), write: Iterable[str] = (),
+              expires_in: float | None = None, api: bool = False) -> str:
+    """Make a token for the channels `read` and `write`.
 
-    With `api` it also opens /api/info and /metrics.
+    It is valid for `expires_in` seconds (None: for ever). `api` opens /api/info and /metrics too.
     """
     claims: dict[str, Any] = {"read": list(read), "write": list(write)}
     if expires_in is not None:
@@ -248,24 +261,27 @@ def decode_token(token: str, secret: str) -> AccessKey:
     except jwt.ImmatureSignatureError:
         raise TokenError("the token is not valid yet") from None
     except (jwt.PyJWTError, ValueError, TypeError, RecursionError):  # PyJWT lets all of these out
-        raise TokenError("the token is malformed, or not signed with this server's secret") from None
+        raise TokenError(
+            "the token is malformed, or not signed with this server's secret") from None
     for name in ("exp", "nbf", "iat"):
         if name in claims and type(claims[name]) not in (int, float):
             raise TokenError(f"the token's claim {name} must be a number")
     return AccessKey(
-        _channel_names(claims, "read"), _channel_names(claims, "write"), claims.get("exp"), claims.get("api") is True)
+        _channel_names(claims, "read"), _channel_names(claims, "write"), claims.get("exp"),
+        claims.get("api") is True)
 
 
 def _channel_names(claims: dict[str, Any], name: str) -> frozenset[str]:
     names = claims.get(name)
     if names is None:
         return frozenset()
-    if not isinstance(names, list) or not all(isinstance(channel, str) and channel for channel in names):
+    if not isinstance(names, list) or not all(
+            isinstance(channel, str) and channel for channel in names):
         raise TokenError(f"the token's claim {name} must be a list of channel names")
     return frozenset(names)
 
 
-# ---------------------------------------------------------------------------------------------------------- messages
+# ----------------------------------------------------------------------------------------- messages
 # JSON in, JSON out. These functions are pure.
 
 class BadMessage(ValueError):
@@ -297,21 +313,23 @@ def decode_json(text: str) -> Any:
     except json.JSONDecodeError as error:
         raise BadMessage(f"not JSON: {error}") from None
     except (ValueError, RecursionError):  # a number of 5,000 digits, NaN; 200,000 brackets
-        raise BadMessage("not JSON that can be read: a number too long, a nesting too deep, or NaN") from None
+        raise BadMessage(
+            "not JSON that can be read: a number too long, a nesting too deep, or NaN") from None
 
 
 def check_message(value: Any) -> tuple[str, str]:
     """Take (channel, data) from a decoded message. Raises BadMessage.
 
-    Keys are matched exactly first, then whatever their case, as Go's encoding/json does: the original's Go client
-    sends "Channel" and "Data". Data that is missing or null is the empty string.
+    Keys are matched exactly first, then whatever their case, as Go's encoding/json does: the
+    original's Go client sends "Channel" and "Data". Missing or null data is the empty string.
     """
     if type(value) is not dict:
         raise BadMessage(f"a message is a JSON object, not {_shown(value)}")
     channel, data = value.get("channel"), value.get("data")
     if "channel" not in value or "data" not in value:
         folded = {key.lower(): value[key] for key in value}
-        channel, data = value.get("channel", folded.get("channel")), value.get("data", folded.get("data"))
+        channel, data = (
+            value.get("channel", folded.get("channel")), value.get("data", folded.get("data")))
     if type(channel) is not str or not channel:
         raise BadMessage(f"channel must be a string that is not empty, not {_shown(channel)}")
     if data is None:
@@ -338,7 +356,8 @@ def encode_message(head: str, data: str) -> bytes:
 
 def _quoted(text: str) -> str:
     # A lone surrogate can stand in JSON as an escape, but not in UTF-8.
-    return _quote(text) if text.isascii() or not re.search("[\ud800-\udfff]", text) else _quote_ascii(text)
+    return (_quote(text) if text.isascii() or not re.search("[\ud800-\udfff]", text)
+            else _quote_ascii(text))
 
 
 def encode_error(code: str, reason: str) -> bytes:
@@ -346,18 +365,20 @@ def encode_error(code: str, reason: str) -> bytes:
     return json.dumps({"error": code, "reason": reason}).encode()
 
 
-# ------------------------------------------------------------------------------------------------------------ frames
-# RFC 6455, section 5. What the server sends is not masked, so one encoded frame serves all subscribers. What clients
-# send is cut into frames here; the common one, a whole text message, is also decoded here (a factor of 4 on incoming
-# messages), every other one is left as it is for simple-websocket, which judges it.
+# ------------------------------------------------------------------------------------------- frames
+# RFC 6455, section 5. What the server sends is not masked, so one encoded frame serves all
+# subscribers. What clients send is cut into frames here; the common one, a whole text message, is
+# also decoded here (a factor of 4 on incoming messages), every other one is left as it is for
+# simple-websocket, which judges it.
 
 TEXT, CLOSE, PING = 1, 8, 9  # opcodes
-NORMAL, GOING_AWAY, POLICY, TOO_BIG, INTERNAL, EXPIRED = 1000, 1001, 1008, 1009, 1011, 4401  # close codes
+# Close codes.
+NORMAL, GOING_AWAY, POLICY, TOO_BIG, INTERNAL, EXPIRED = 1000, 1001, 1008, 1009, 1011, 4401
 _XOR = [bytes(a ^ b for a in range(256)) for b in range(256)]
 
 
 class MessageTooBig(ValueError):
-    """A frame that makes its message larger than MAX_MESSAGE_SIZE; known before its payload was read."""
+    """A frame that makes its message exceed MAX_MESSAGE_SIZE; known before its payload was read."""
 
 
 def encode_frame(opcode: int, payload: bytes) -> bytes:
@@ -390,11 +411,13 @@ def unmask(mask: bytes, payload: bytes) -> bytes:
         return bytes(masked)
     # one exclusive or of two very long integers
     key = (mask * (size // 4 + 1))[:size]
-    return (int.from_bytes(payload, "little") ^ int.from_bytes(key, "little")).to_bytes(size, "little")
+    return (int.from_bytes(payload, "little") ^ int.from_bytes(key, "little")).to_bytes(
+        size, "little")
 
 
 def _is_well_formed(first: int, second: int, size: int) -> bool:
-    # What simple-websocket refuses for the frame's head alone it gets at once, without waiting for the payload.
+    # What simple-websocket refuses for the frame's head alone it gets at once, without waiting for
+    # the payload.
     if first & 0x70 or not second & 0x80 or first & 15 not in (0, 1, 2, 8, 9, 10):
         return False
     if first & 8:
@@ -408,11 +431,12 @@ _LEAST = [0] * 126 + [126, 65536]  # the sizes must be written in the shortest f
 def read_frames(max_message_size: int) -> Generator[str | bytes | None, bytes, NoReturn]:
     """Cut a client's bytes into frames; a coroutine without any input or output of its own.
 
-    It yields a str for a text message that came whole in one frame, bytes for any other frame (as it came), and None
-    when it needs more bytes: they are given to it by send(). Raises MessageTooBig.
+    It yields a str for a text message that came whole in one frame, bytes for any other frame (as
+    it came), and None when it needs more bytes, given to it by send(). Raises MessageTooBig.
     """
     data, at = b"", 0
-    fragmented, message_size = False, 0  # whether a message's fragments are under way, and their bytes so far
+    # Whether a message's fragments are under way, and their bytes so far.
+    fragmented, message_size = False, 0
     while True:
         have = len(data) - at
         size = data[at + 1] & 0x7F if have >= 2 else 0
@@ -425,7 +449,7 @@ def read_frames(max_message_size: int) -> Generator[str | bytes | None, bytes, N
             size = int.from_bytes(data[at + 2:at + head - 4], "big")
         if not _is_well_formed(first, second, size):
             yield data[at:]
-            data, at = yield None, 0
+            data, at = (yield None), 0
             continue
         if not first & 8:
             message_size += size
@@ -451,29 +475,31 @@ def read_frames(max_message_size: int) -> Generator[str | bytes | None, bytes, N
         at = end
 
 
-# ----------------------------------------------------------------------------------------------------- writer queues
-# What waits to be written to one socket. Whoever put something there writes it, in its own thread and without waiting:
-# no thread is woken for the ordinary case. Only what a full socket did not take is left for the keeper's thread, so a
-# subscriber that does not read costs the others nothing.
+# ------------------------------------------------------------------------------------ writer queues
+# What waits to be written to one socket. Whoever put something there writes it, in its own thread
+# and without waiting: no thread is woken for the ordinary case. Only what a full socket did not
+# take is left for the keeper's thread, so a subscriber that does not read costs the others nothing.
 
 _DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 _BUFFERS_PER_WRITE = 64  # in one system call; every system has room for more (IOV_MAX is 1024)
 
 
 class WriterQueue:
-    """A socket with a queue in front. All writing to the socket and all closing of it is done here."""
+    """A socket with a queue in front. All writing to the socket and its closing are done here."""
 
-    __slots__ = ("sock", "keeper", "limit", "on_overflow", "pending", "writing", "unsent", "size", "sent", "full",
-                 "finished", "closed", "__weakref__")
+    __slots__ = ("sock", "keeper", "limit", "on_overflow", "pending", "writing", "unsent", "size",
+                 "sent", "full", "finished", "closed", "__weakref__")
 
     def __init__(self, sock: socket.socket, keeper: Keeper, limit: int) -> None:
         self.sock = sock
         self.keeper = keeper
         self.limit = limit  # bytes that may wait behind the frame that is being written
         self.on_overflow: Callable[[], None] = self.abort
-        self.pending: collections.deque[bytes] = collections.deque()  # put by any thread: deque.append is thread-safe
+        # Put by any thread: deque.append is thread-safe.
+        self.pending: collections.deque[bytes] = collections.deque()
         self.writing = threading.Lock()  # guards all below, each write to the socket, and its close
-        self.unsent: collections.deque[bytes | memoryview] = collections.deque()  # taken from pending, in order
+        # Taken from pending, in order.
+        self.unsent: collections.deque[bytes | memoryview] = collections.deque()
         self.size = 0  # bytes in unsent
         self.sent = 0  # bytes written so far
         self.full = False  # the socket took no more; the keeper waits for it
@@ -486,7 +512,8 @@ class WriterQueue:
 
     def flush(self) -> None:
         """Write what the socket takes without waiting. Any thread."""
-        # A thread that finds the lock taken leaves its data to the holder; so the holder looks again after letting go.
+        # A thread that finds the lock taken leaves its data to the holder; so the holder looks
+        # again after letting go.
         while self.pending and self.writing.acquire(False):
             try:
                 overflow = self._write()
@@ -496,9 +523,9 @@ class WriterQueue:
                 self.on_overflow()
 
     def finish(self, last: bytes, discard: bool = False) -> None:
-        """Queue the last data: what is put later is dropped, and our half of the connection ends behind it.
+        """Queue the last data: later puts are dropped; our half of the connection ends behind it.
 
-        With `discard`, what was queued before is dropped too, but for the rest of what is half written.
+        With `discard`, what was queued is dropped too, but for the rest of what is half written.
         """
         with self.writing:
             if not self.finished:
@@ -522,14 +549,15 @@ class WriterQueue:
                 self._write_unsent()
 
     def abort(self) -> None:
-        """Drop all that waits and end the connection, which wakes the thread that reads it. Any thread."""
+        """Drop what waits and end the connection, which wakes the thread reading it. Any thread."""
         with self.writing:
             self._give_up()
 
     def drain(self) -> None:
-        """Read and drop until the peer has closed: a close with unread input would destroy what was just sent.
+        """Read and drop until the peer has closed. The thread that reads the socket.
 
-        The thread that reads the socket. The keeper ends it by abort() where a peer takes too long.
+        A close with unread input would destroy what was just sent. The keeper ends this by abort()
+        where a peer takes too long.
         """
         with contextlib.suppress(OSError):
             while self.sock.recv(65536):
@@ -570,7 +598,8 @@ class WriterQueue:
             self.size = len(data) - sent
             self._wait_for_room()
         # The frame that is being written does not count, so that one message always fits.
-        return not self.finished and self.size > self.limit and self.size - len(self.unsent[0]) > self.limit
+        return (not self.finished and self.size > self.limit
+                and self.size - len(self.unsent[0]) > self.limit)
 
     def _take(self) -> None:
         for _ in range(len(self.pending)):
@@ -582,7 +611,8 @@ class WriterQueue:
     def _write_unsent(self) -> None:
         while self.unsent and not self.full:
             try:
-                sent = self.sock.sendmsg(list(itertools.islice(self.unsent, _BUFFERS_PER_WRITE)), (), _DONTWAIT)
+                sent = self.sock.sendmsg(
+                    list(itertools.islice(self.unsent, _BUFFERS_PER_WRITE)), (), _DONTWAIT)
             except BlockingIOError:
                 self._wait_for_room()
             except OSError:
@@ -616,31 +646,37 @@ class WriterQueue:
 
 
 class Keeper(threading.Thread):
-    """The one thread beside those of the connections: it waits for full sockets and for points in time."""
+    """The one thread beside the connections': it waits for full sockets and for points in time."""
 
     def __init__(self) -> None:
         super().__init__(name="philote-keeper", daemon=True)
         self.lock = threading.Lock()  # guards the next three
         self.requests: list[WriterQueue] = []  # queues to be watched or closed
-        self.timers: list[tuple[float, int]] = []  # a heap of (due, number of a peer); the older of two entries is void
+        # A heap of (due, number of a peer); the older of two entries is void.
+        self.timers: list[tuple[float, int]] = []
         self.peers: dict[int, tuple[float, Peer]] = {}  # number: (due, peer)
         self.selector = selectors.DefaultSelector()  # used by run() alone
-        self.alarm, self.bell = socket.socketpair()  # a byte written to the bell ends the keeper's wait
+        # A byte written to the bell ends the keeper's wait.
+        self.alarm, self.bell = socket.socketpair()
         for end in (self.alarm, self.bell):
-            end.setblocking(False)  # a full pipe means that the keeper has been woken: nobody waits for it
+            # A full pipe means that the keeper has been woken: nobody waits for it.
+            end.setblocking(False)
         self.selector.register(self.alarm, selectors.EVENT_READ)
         self.stopped = False
 
     # Any thread
 
     def request(self, queue: WriterQueue) -> None:
-        """Ask for queue.resume() when its socket is writable, or for the socket's close when it is `closed`."""
+        """Ask for queue.resume() when its socket is writable.
+
+        For a queue that is `closed`, ask for its socket's close.
+        """
         with self.lock:
             self.requests.append(queue)
         self._wake()
 
     def look_at(self, peer: Peer, due: float) -> None:
-        """Ask for peer.look() at a point of the monotonic clock, in place of any asked for before."""
+        """Ask for peer.look() at a point of the monotonic clock, in place of any asked before."""
         with self.lock:
             first = not self.timers or due < self.timers[0][0]
             self.peers[peer.number] = (due, peer)
@@ -718,9 +754,9 @@ class Keeper(threading.Thread):
         return due
 
 
-# ------------------------------------------------------------------------------------------------------- connections
-# The two kinds of subscribers, WebSocket and event stream, and what they share with a connection that has not got so
-# far: a number, a writer queue, counters, and the keeper's look at them now and then.
+# -------------------------------------------------------------------------------------- connections
+# The two kinds of subscribers, WebSocket and event stream, and what they share with a connection
+# that has not got so far: a number, a writer queue, counters, and the keeper's looks at them.
 
 CLOSING_TIME = 3  # seconds that a peer has to answer our end of the connection with its own
 _numbers = itertools.count(1)
@@ -729,7 +765,8 @@ _numbers = itertools.count(1)
 class Peer:
     """One accepted connection. Its own thread reads from it."""
 
-    received = published = delivered = bytes_received = bad_messages = forbidden = 0  # counted by its own thread alone
+    # Counted by its own thread alone.
+    received = published = delivered = bytes_received = bad_messages = forbidden = 0
     busy = False  # whether its own thread is handling something that it read
 
     def __init__(self, server: Server, queue: WriterQueue, address: str) -> None:
@@ -745,7 +782,7 @@ class Peer:
         self.queue.flush()
 
     def wait_for_its_turn(self, messages: int = 1) -> bool:
-        """Wait as MAX_MESSAGE_RATE demands; False if the connection ended meanwhile. Its own thread."""
+        """Wait as MAX_MESSAGE_RATE demands; False if the connection has ended. Its own thread."""
         delay = self.rate.take(messages) if self.rate.limit else 0
         while delay > 0 and not self.queue.finished and not self.server.stopping.is_set():
             self.flush()
@@ -759,7 +796,10 @@ class Peer:
         raise NotImplementedError
 
     def finish(self, last: bytes, discard: bool = False, by: float | None = None) -> None:
-        """Write what is queued and then `last`, and see to it that the connection ends, by a point in time. Any thread."""
+        """Write what is queued and then `last`, and see to the connection's end. Any thread.
+
+        It ends by the point in time `by` at the latest.
+        """
         self.queue.finish(last, discard)
         self.queue.keeper.look_at(self, by or time.monotonic() + CLOSING_TIME)
 
@@ -780,8 +820,10 @@ class Subscriber(Peer):
         """Begin with the heartbeats and the watch over the token's expiry."""
         interval = self.server.settings.ping_interval or math.inf
         if interval < math.inf and hasattr(socket, "TCP_USER_TIMEOUT"):
-            # Bytes that a dead peer does not acknowledge would keep the system busy for a quarter of an hour.
-            self.queue.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * interval))
+            # Bytes that a dead peer does not acknowledge would keep the system busy for a quarter
+            # of an hour.
+            self.queue.sock.setsockopt(
+                socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * interval))
         if (due := min(time.monotonic() + interval, self._expiry())) < math.inf:
             self.queue.keeper.look_at(self, due)
 
@@ -791,7 +833,7 @@ class Subscriber(Peer):
         return math.inf if expires is None else time.monotonic() + max(0.0, expires - time.time())
 
     def look(self, now: float) -> float | None:
-        """End the connection if its token expired or its time to close is up, else see to its heartbeat."""
+        """End a connection whose token expired or closing time is up, else see to its heartbeat."""
         if self.queue.finished:
             self.queue.abort()
             return None
@@ -819,8 +861,8 @@ class Subscriber(Peer):
 
     def drop_slow(self) -> None:
         """Disconnect a subscriber whose queue grew over its limit. The publisher's thread."""
-        log.warning("%s %s: slow consumer, disconnected with more than %d bytes queued", self.address, self.id,
-                    self.queue.limit)
+        log.warning("%s %s: slow consumer, disconnected with more than %d bytes queued",
+                    self.address, self.id, self.queue.limit)
         self.server.count("slow_consumers")
         self.end(POLICY, "slow consumer", discard=True)
 
@@ -830,14 +872,15 @@ class Subscriber(Peer):
 
 
 class WebSocket(Subscriber):
-    """A WebSocket connection. simple-websocket runs the protocol, in this connection's own thread."""
+    """A WebSocket connection. simple-websocket runs the protocol, in the connection's thread."""
 
     encode = staticmethod(encode_text_frames)
 
     def __init__(self, server: Server, queue: WriterQueue, address: str, key: AccessKey) -> None:
         super().__init__(server, queue, address, key)
         self.pinged = False  # whether a ping went out since
-        self.heads: dict[str, str] = {}  # channels it published to, and what all its messages there begin with
+        # Channels it published to, and what all its messages there begin with.
+        self.heads: dict[str, str] = {}
         self.batch = Batch(server, self)
         self.ws: Any = None
 
@@ -845,17 +888,17 @@ class WebSocket(Subscriber):
 
     def open(self, nonce: str, rest: bytes) -> None:
         """Queue the answer to an upgrade; `rest` is what came behind its request."""
-        # One thread per connection, really one: the library's thread is never started, its loop is run() here; and
-        # its event, set for every message, hands the message on in the same thread.
+        # One thread per connection, really one: the library's thread is never started, its loop is
+        # run() here; and its event, set for every message, hands the message on in the same thread.
         self.ws = _ServerWebSocket.accept(
-            {"werkzeug.socket": SocketAdapter(self, rest), "nonce": nonce}, thread_class=_UnstartedThread,
-            event_class=functools.partial(_Arrival, self))
+            {"werkzeug.socket": SocketAdapter(self, rest), "nonce": nonce},
+            thread_class=_UnstartedThread, event_class=functools.partial(_Arrival, self))
 
     def run(self) -> None:
         """Run the library's read loop until the connection ends."""
         try:
             self.ws.thread.run()
-        except (ValueError, AssertionError, MemoryError) as error:  # what the loop is known to let through
+        except (ValueError, AssertionError, MemoryError) as error:  # known to get out of the loop
             log.warning("%s %s: closed after %s", self.address, self.id, type(error).__name__)
             self.end(INTERNAL, "internal error")
         finally:
@@ -877,7 +920,8 @@ class WebSocket(Subscriber):
         if head is None:
             if channel not in self.key.write:
                 self.forbidden += 1
-                log.info("%s %s: message dropped: may not write %.80r", self.address, self.id, channel)
+                log.info("%s %s: message dropped: may not write %.80r",
+                         self.address, self.id, channel)
                 self._tell("forbidden", f"the token may not write the channel {_shown(channel)}")
                 return
             head = self.heads[channel] = encode_head(self.id, channel)
@@ -890,7 +934,8 @@ class WebSocket(Subscriber):
             try:
                 self.receive(message if isinstance(message, str) else message.decode())
             except UnicodeDecodeError:
-                self.receive("\ufeff")  # what is not UTF-8 is no more a message than a byte order mark is
+                # What is not UTF-8 is no more a message than a byte order mark is.
+                self.receive("\ufeff")
 
     def _tell(self, code: str, reason: str) -> None:
         self.batch.flush()
@@ -915,7 +960,8 @@ class WebSocket(Subscriber):
                 self.queue.put(_PING)
                 self.queue.flush()
             return heard + 2 * interval
-        log.info("%s %s: nothing came for %g seconds, disconnected", self.address, self.id, now - heard)
+        log.info("%s %s: nothing came for %g seconds, disconnected",
+                 self.address, self.id, now - heard)
         self.end(INTERNAL, "ping timeout")
         self.queue.abort()
         return math.inf
@@ -932,8 +978,9 @@ _PING = encode_frame(PING, b"")
 
 class _ServerWebSocket(simple_websocket.Server):
     def handshake(self) -> None:
-        # The library would parse the request's head once more, and keep what it needs for that: half of the time and
-        # a fifth of the memory that a connection takes. check_upgrade() has looked more closely already.
+        # The library would parse the request's head once more, and keep what it needs for that:
+        # half of the time and a fifth of the memory that a connection takes. check_upgrade() has
+        # looked more closely already.
         self.ws = Connection(ConnectionType.SERVER)
         self.sock.send(encode_upgrade(self.environ["nonce"]))
         self.connected = True
@@ -973,7 +1020,10 @@ class SocketAdapter:
         return len(data)
 
     def recv(self, _: int) -> bytes:
-        """Return the next frame that is not a whole text message; those are received at once. b"" is the end."""
+        """Return the next frame that is not a whole text message; b"" is the end.
+
+        Whole text messages are received at once.
+        """
         websocket = self.websocket
         try:
             item = next(self.frames)
@@ -994,7 +1044,8 @@ class SocketAdapter:
         """Leave the socket open: its connection closes it."""
 
     def _read(self) -> bytes:
-        # Gather, then write: what the last read brought is queued by now, and each subscriber is written to once.
+        # Gather, then write: what the last read brought is queued by now, and each subscriber is
+        # written to once.
         websocket = self.websocket
         sock, queue, stopping = websocket.queue.sock, websocket.queue, websocket.server.stopping
         data, self.rest = self.rest, b""
@@ -1031,7 +1082,8 @@ class RateLimit:
     def take(self, count: int = 1) -> float:
         """Take so many messages and return how many seconds to wait before the next ones."""
         now = time.monotonic()
-        self.allowance = min(max(1.0, self.limit), self.allowance + (now - self.at) * self.limit) - count
+        self.allowance = min(
+            max(1.0, self.limit), self.allowance + (now - self.at) * self.limit) - count
         self.at = now
         return max(0.0, -self.allowance / self.limit)
 
@@ -1039,7 +1091,8 @@ class RateLimit:
 class EventStream(Subscriber):
     """A client that follows channels as server-sent events (WHATWG HTML, section 9.2)."""
 
-    encode = staticmethod(lambda payloads: b"".join([b"data: %b\n\n" % payload for payload in payloads]))
+    encode = staticmethod(
+        lambda payloads: b"".join([b"data: %b\n\n" % payload for payload in payloads]))
 
     def run(self) -> None:
         """Wait for the client to go away; it has nothing to say."""
@@ -1048,7 +1101,10 @@ class EventStream(Subscriber):
                 self.bytes_received += len(data)
 
     def beat(self, now: float, interval: float) -> float:
-        """Send a comment. A client that is gone is found out by the system, which waits for its acknowledgement."""
+        """Send a comment.
+
+        A client that is gone is found out by the system, which waits for its acknowledgement.
+        """
         self.queue.put(b":\n\n")
         self.queue.flush()
         return now + interval
@@ -1058,8 +1114,9 @@ class EventStream(Subscriber):
         return b""
 
 
-# -------------------------------------------------------------------------------------------------- channel registry
-# Who reads which channel. Order is made here: a message enters all its subscribers' queues under its channel's lock.
+# --------------------------------------------------------------------------------- channel registry
+# Who reads which channel. Order is made here: a message enters all its subscribers' queues under
+# its channel's lock.
 
 class Channel:
     """The subscribers of one channel, by the way they are encoded for."""
@@ -1067,8 +1124,10 @@ class Channel:
     __slots__ = ("lock", "groups")
 
     def __init__(self) -> None:
-        self.lock = threading.Lock()  # guards groups, and the order of this channel's messages in all queues
-        self.groups: dict[Callable[[Sequence[bytes]], bytes], dict[WriterQueue, Callable[[bytes], None]]] = {}
+        # Guards groups, and the order of this channel's messages in all queues.
+        self.lock = threading.Lock()
+        self.groups: dict[
+            Callable[[Sequence[bytes]], bytes], dict[WriterQueue, Callable[[bytes], None]]] = {}
 
 
 class ChannelRegistry:
@@ -1106,10 +1165,12 @@ class ChannelRegistry:
                 if not channel.groups:
                     del self.channels[name]
 
-    def publish(self, name: str, payloads: Sequence[bytes], issuer: WriterQueue, touched: dict[WriterQueue, Any]) -> int:
-        """Queue messages for all subscribers of a channel but their issuer; return how many subscribers that is.
+    def publish(self, name: str, payloads: Sequence[bytes], issuer: WriterQueue,
+                touched: dict[WriterQueue, Any]) -> int:
+        """Queue messages for all subscribers of a channel but their issuer.
 
-        They are added to `touched`: the caller flushes their queues, without any lock.
+        Returns how many subscribers that is. They are added to `touched`: the caller flushes their
+        queues, without any lock.
         """
         with self.lock:
             channel = self.channels.get(name)
@@ -1131,7 +1192,10 @@ _LARGEST_GATHERED = 65536
 
 
 class Batch:
-    """Messages that one thread publishes together: all are queued first, then each subscriber is written to once."""
+    """Messages that one thread publishes together.
+
+    All are queued first, then each subscriber is written to once.
+    """
 
     def __init__(self, server: Server, issuer: Peer) -> None:
         self.registry = server.registry
@@ -1152,12 +1216,14 @@ class Batch:
         self.size += len(payload)
         if self.size >= self.limit:
             self.flush()
-            self.limit = min(4 * self.limit, _LARGEST_GATHERED)  # under load, one system call carries more
+            # Under load, one system call carries more.
+            self.limit = min(4 * self.limit, _LARGEST_GATHERED)
 
     def publish(self) -> None:
         """Queue the messages for all subscribers."""
         if self.payloads:
-            self.receivers = self.registry.publish(self.channel, self.payloads, self.issuer.queue, self.touched)
+            self.receivers = self.registry.publish(
+                self.channel, self.payloads, self.issuer.queue, self.touched)
             self.issuer.published += len(self.payloads)
             self.issuer.delivered += self.receivers * len(self.payloads)
             self.payloads = []
@@ -1174,9 +1240,10 @@ class Batch:
                 queue.flush()
 
 
-# ----------------------------------------------------------------------------------------------------- HTTP requests
-# What comes before the WebSocket, and what goes without it. The head of a request is read strictly (RFC 9112): the
-# standard library's parser takes bare line feeds and folded lines, which other parsers in front may read otherwise.
+# ------------------------------------------------------------------------------------ HTTP requests
+# What comes before the WebSocket, and what goes without it. The head of a request is read strictly
+# (RFC 9112): the standard library's parser takes bare line feeds and folded lines, which other
+# parsers in front may read otherwise.
 
 REQUEST_TIME = 10  # seconds for a whole request, however its bytes drip
 MAX_HEAD_SIZE, MAX_HEADERS, MAX_TARGET_SIZE = 16384, 100, 8192
@@ -1186,9 +1253,10 @@ _FIELD = re.compile(rb"(%b):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*" % _TOKEN)
 
 
 class HTTPError(Exception):
-    """A request that is not granted: the answer's status (RFC 9110, section 15), its code and reason in JSON."""
+    """A refused request: the answer's status (RFC 9110, section 15), code and reason in JSON."""
 
-    def __init__(self, status: int, reason: str, code: str = "", headers: Mapping[str, str] = {}) -> None:
+    def __init__(self, status: int, reason: str, code: str = "",
+                 headers: Mapping[str, str] = {}) -> None:
         super().__init__(reason)
         self.status = status
         self.code = code or http.HTTPStatus(status).phrase.lower().replace(" ", "_")
@@ -1205,7 +1273,8 @@ class Request(NamedTuple):
     method: str
     path: str
     query: dict[str, list[str]]
-    headers: dict[str, str]  # by name in small letters; the values of one that came twice are joined by a comma
+    # By name in small letters; the values of one that came twice are joined by a comma.
+    headers: dict[str, str]
     version: str
 
     def tokens(self, name: str) -> list[str]:
@@ -1267,16 +1336,22 @@ def _check_host(request: Request) -> None:
 
 
 def check_upgrade(request: Request) -> None:
-    """Check the opening handshake (RFC 6455, section 4.2.1), more closely than the library. Raises HTTPError."""
+    """Check the opening handshake (RFC 6455, section 4.2.1), more closely than the library.
+
+    Raises HTTPError.
+    """
     headers = request.headers
     if request.method != "GET":
         raise HTTPError(405, "a WebSocket is opened with GET", headers={"Allow": "GET"})
     if request.version != "1.1" or "host" not in headers:
         raise HTTPError(400, "a WebSocket is opened with HTTP/1.1")
-    if "upgrade" not in request.tokens("connection") or "websocket" not in request.tokens("upgrade"):
-        raise HTTPError(400, "a WebSocket needs the headers Upgrade: websocket and Connection: Upgrade")
+    if ("upgrade" not in request.tokens("connection")
+            or "websocket" not in request.tokens("upgrade")):
+        raise HTTPError(
+            400, "a WebSocket needs the headers Upgrade: websocket and Connection: Upgrade")
     if headers.get("sec-websocket-version") != "13":
-        raise HTTPError(426, "this server speaks WebSocket version 13", headers={"Sec-WebSocket-Version": "13"})
+        raise HTTPError(426, "this server speaks WebSocket version 13",
+                        headers={"Sec-WebSocket-Version": "13"})
     try:
         nonce = base64.b64decode(headers.get("sec-websocket-key", ""), validate=True)
     except ValueError:
@@ -1287,9 +1362,11 @@ def check_upgrade(request: Request) -> None:
         raise HTTPError(400, "an upgrade has no body")
 
 
-def encode_response(status: int, body: bytes = b"", headers: Mapping[str, str] = {}, whole: bool = True) -> bytes:
+def encode_response(status: int, body: bytes = b"", headers: Mapping[str, str] = {},
+                    whole: bool = True) -> bytes:
     """Encode a response; one that is not `whole` goes on until the connection ends."""
-    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}", f"Date: {email.utils.formatdate(usegmt=True)}"]
+    lines = [f"HTTP/1.1 {status} {http.HTTPStatus(status).phrase}",
+             f"Date: {email.utils.formatdate(usegmt=True)}"]
     if whole and status >= 200 and status != 204 and "Content-Length" not in headers:
         lines.append(f"Content-Length: {len(body)}")
     lines += [f"{name}: {value}" for name, value in headers.items()]
@@ -1297,20 +1374,24 @@ def encode_response(status: int, body: bytes = b"", headers: Mapping[str, str] =
 
 
 def encode_upgrade(nonce: str) -> bytes:
-    """Encode the answer to an opening handshake (RFC 6455, section 4.2.2). Extensions and subprotocols are declined."""
-    accept = base64.b64encode(hashlib.sha1(nonce.encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
+    """Encode the answer to an opening handshake (RFC 6455, section 4.2.2).
+
+    Extensions and subprotocols are declined.
+    """
+    accept = base64.b64encode(
+        hashlib.sha1(nonce.encode() + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest())
     return (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Accept: %b\r\n\r\n" % accept)
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an IP address is this machine's own (127.0.0.0/8, ::1, or the first written as IPv6)."""
+    """Whether an IP address is this machine's own (127.0.0.0/8, ::1, the first written as IPv6)."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
 
 
 class RequestHandler(Peer):
-    """A connection as long as it speaks HTTP. Its own thread runs it; then it becomes that of a subscriber."""
+    """A connection while it speaks HTTP. Its own thread runs it; then it becomes a subscriber's."""
 
     def __init__(self, server: Server, queue: WriterQueue, address: str) -> None:
         super().__init__(server, queue, address)
@@ -1328,7 +1409,8 @@ class RequestHandler(Peer):
             return None
         if self.busy or now < self.deadline:
             return max(self.deadline, now + 1)
-        late = HTTPError(408, f"a request must be complete within {REQUEST_TIME} seconds", "request_timeout")
+        late = HTTPError(
+            408, f"a request must be complete within {REQUEST_TIME} seconds", "request_timeout")
         self.finish(encode_response(408, late.body(), _CLOSE | _JSON) if self.buffer else b"")
         return None
 
@@ -1374,8 +1456,10 @@ class RequestHandler(Peer):
             return self._route(request)
         except HTTPError as error:
             self.server.refuse(self.address, error)
-            going_on = request is not None and not request.wants_upgrade and self._may_go_on(request)
-            self._respond(request, error.status, error.body(), {**_JSON, **({} if going_on else _CLOSE), **error.headers})
+            going_on = (
+                request is not None and not request.wants_upgrade and self._may_go_on(request))
+            self._respond(request, error.status, error.body(),
+                          {**_JSON, **({} if going_on else _CLOSE), **error.headers})
             return going_on
 
     def _read(self) -> bytes:
@@ -1436,7 +1520,8 @@ class RequestHandler(Peer):
             return self._may_go_on(request)
         method = "GET" if request.method == "HEAD" else request.method
         if method not in methods:
-            raise HTTPError(405, f"the methods here are {allowed}", headers={"Allow": allowed, **cors})
+            raise HTTPError(
+                405, f"the methods here are {allowed}", headers={"Allow": allowed, **cors})
         try:
             return methods[method](self, request, cors)
         except HTTPError as error:
@@ -1447,7 +1532,8 @@ class RequestHandler(Peer):
         # A body that nobody read would be taken for the next request.
         return request.keeps_alive and not self.unread
 
-    def _respond(self, request: Request | None, status: int, body: bytes, headers: Mapping[str, str]) -> None:
+    def _respond(self, request: Request | None, status: int, body: bytes,
+                 headers: Mapping[str, str]) -> None:
         if request and request.method == "HEAD":
             headers, body = {"Content-Length": str(len(body)), **headers}, b""
         if request and not self._may_go_on(request):
@@ -1455,7 +1541,8 @@ class RequestHandler(Peer):
         self.queue.put(encode_response(status, body, headers))
         self.queue.flush()
 
-    def _respond_json(self, request: Request, value: Any, headers: Mapping[str, str], status: int = 200) -> bool:
+    def _respond_json(self, request: Request, value: Any, headers: Mapping[str, str],
+                      status: int = 200) -> bool:
         self._respond(request, status, json.dumps(value).encode() + b"\n", {**_JSON, **headers})
         return self._may_go_on(request)
 
@@ -1470,13 +1557,16 @@ class RequestHandler(Peer):
             return ""
         same = origin.lower().partition("://")[2] == request.headers.get("host", "").lower()
         if not same and not (isinstance(allowed, tuple) and origin.lower() in allowed):
-            raise HTTPError(403, f"the origin {_shown(origin)} is not allowed (CHECK_ORIGIN)", "origin")
+            raise HTTPError(
+                403, f"the origin {_shown(origin)} is not allowed (CHECK_ORIGIN)", "origin")
         return origin
 
     def _authorize(self, request: Request) -> AccessKey:
         secret = self.server.settings.secret
         if not secret and not is_loopback(self.address):
-            raise HTTPError(403, "SECRET is not set, so only clients on the server's own machine are let in", "protected")
+            raise HTTPError(
+                403, "SECRET is not set, so only clients on the server's own machine are let in",
+                "protected")
         tokens = [re.sub("(?i)^bearer +", "", request.headers.get("authorization", ""))]
         tokens += request.query.get("auth", [])[:1]
         reason = ""
@@ -1485,8 +1575,9 @@ class RequestHandler(Peer):
                 return decode_token(token, secret)
             except TokenError as error:
                 reason = reason or str(error)
-        raise HTTPError(401, reason or "a token is needed: Authorization: Bearer TOKEN, or ?auth=TOKEN",
-                        headers={"WWW-Authenticate": "Bearer"})
+        raise HTTPError(
+            401, reason or "a token is needed: Authorization: Bearer TOKEN, or ?auth=TOKEN",
+            headers={"WWW-Authenticate": "Bearer"})
 
     def _authorize_api(self, request: Request) -> None:
         if not self._authorize(request).api:
@@ -1506,12 +1597,14 @@ class RequestHandler(Peer):
         key = self._authorize(request)
         channels = frozenset(request.query.get("channel", key.read))
         if not channels <= key.read:
-            raise HTTPError(403, f"the token may not read the channel {_shown(min(channels - key.read))}")
+            raise HTTPError(
+                403, f"the token may not read the channel {_shown(min(channels - key.read))}")
         kinds = {word.partition(";")[0].strip() for word in request.tokens("accept")}
         if not kinds & {"", "*/*", "text/*", "text/event-stream"}:
             raise HTTPError(406, "this is a text/event-stream")
-        head = encode_response(200, b"", {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
-                                          "X-Accel-Buffering": "no", **_CLOSE, **cors}, whole=False)
+        head = encode_response(
+            200, b"", {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
+                       "X-Accel-Buffering": "no", **_CLOSE, **cors}, whole=False)
         if request.method == "HEAD":
             self.queue.put(head)
             return False
@@ -1536,11 +1629,13 @@ class RequestHandler(Peer):
     def _publish(self, request: Request, cors: Mapping[str, str]) -> bool:
         key = self._authorize(request)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind not in ("", "application/json", "application/x-www-form-urlencoded"):  # the last is curl's default
+        # The last of these is curl's default.
+        if kind not in ("", "application/json", "application/x-www-form-urlencoded"):
             raise HTTPError(415, "the body must be JSON", "unsupported_media_type")
         try:
             value = decode_json(self._read_body(request).decode())
-            messages = [check_message(item) for item in (value if isinstance(value, list) else [value])]
+            messages = [
+                check_message(item) for item in (value if isinstance(value, list) else [value])]
         except (BadMessage, UnicodeDecodeError) as error:
             raise HTTPError(400, str(error), BadMessage.code) from None
         self.received += len(messages)
@@ -1578,7 +1673,8 @@ class RequestHandler(Peer):
         return self._may_go_on(request)
 
     def _ask_for_upgrade(self, request: Request, cors: Mapping[str, str]) -> bool:
-        raise HTTPError(426, "this is a WebSocket server", headers={"Upgrade": "websocket", "Connection": "Upgrade, close"})
+        raise HTTPError(426, "this is a WebSocket server",
+                        headers={"Upgrade": "websocket", "Connection": "Upgrade, close"})
 
 
 _CLOSE = {"Connection": "close"}
@@ -1593,13 +1689,14 @@ ROUTES: dict[str, dict[str, Callable[[RequestHandler, Request, Mapping[str, str]
 }
 
 
-# ------------------------------------------------------------------------------------------------------------ server
+# ------------------------------------------------------------------------------------------- server
 # Accepts connections, counts them, and ends them.
 
 class Server(socketserver.ThreadingTCPServer):
-    """A Philote server. As a context manager it serves from threads of its own until the end of the block.
+    """A Philote server. As a context manager it serves from its own threads until the block ends.
 
-    It listens from the start: raises OSError where it cannot. `server_address` holds the port that it got for port 0.
+    It listens from the start: raises OSError where it cannot. `server_address` holds the port that
+    it got for port 0.
     """
 
     allow_reuse_address = True
@@ -1615,29 +1712,35 @@ class Server(socketserver.ThreadingTCPServer):
         self.started = time.monotonic()
         self.lock = threading.Lock()  # guards all below
         self.subscribers: dict[int, Subscriber] = {}  # counted against max_connections
-        self.strangers: collections.OrderedDict[Peer, None] = collections.OrderedDict()  # all others, the oldest first
-        self.totals: collections.Counter[str] = collections.Counter()  # of the connections that are gone
+        # All others, the oldest first.
+        self.strangers: collections.OrderedDict[Peer, None] = collections.OrderedDict()
+        # Of the connections that are gone.
+        self.totals: collections.Counter[str] = collections.Counter()
         self.refusals: collections.Counter[str] = collections.Counter()
         self.said: dict[str, float] = {}  # what is not to be logged again before when
-        self.reserve: int | None = os.open(os.devnull, os.O_RDONLY)  # a descriptor to refuse with when there is none
+        # A descriptor to refuse with when there is none.
+        self.reserve: int | None = os.open(os.devnull, os.O_RDONLY)
         self.address_family, address = _resolve(settings.host, settings.port)
         super().__init__(address, RequestHandler)  # type: ignore[arg-type]
 
     def server_bind(self) -> None:
         """Bind, for all interfaces to IPv4 and IPv6 alike."""
         if self.address_family == socket.AF_INET6:
-            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bool(self.settings.host)))
+            self.socket.setsockopt(
+                socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bool(self.settings.host)))
         super().server_bind()
 
     def __enter__(self) -> Server:
         self.keeper.start()
-        threading.Thread(target=self.serve_forever, args=(0.1,), name="philote-accept", daemon=True).start()
+        threading.Thread(
+            target=self.serve_forever, args=(0.1,), name="philote-accept", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    # The accepting thread. What socketserver calls a request is a connection, here in the form of its handler.
+    # The accepting thread. What socketserver calls a request is a connection, here in the form of
+    # its handler.
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection; out of descriptors, refuse it."""
@@ -1684,7 +1787,8 @@ class Server(socketserver.ThreadingTCPServer):
         try:
             self.reserve = os.open(os.devnull, os.O_RDONLY)
         except OSError:
-            self.stopping.wait(0.1)  # or this thread would spin: the listening socket stays readable
+            # Without a wait this thread would spin: the listening socket stays readable.
+            self.stopping.wait(0.1)
 
     def _refuse_at_the_door(self, sock: socket.socket) -> None:
         error = HTTPError(503, "the server has no room for another connection", "exhausted", _RETRY)
@@ -1698,10 +1802,11 @@ class Server(socketserver.ThreadingTCPServer):
     # Any thread
 
     def enter(self, handler: RequestHandler, subscriber: Subscriber) -> None:
-        """Count a connection that becomes a subscriber's. Raises HTTPError when there is no room."""
+        """Count a connection that becomes a subscriber's. Raises HTTPError if there is no room."""
         with self.lock:
             if len(self.subscribers) >= self.settings.max_connections:
-                raise HTTPError(503, f"all {self.settings.max_connections} connections are taken", "full", _RETRY)
+                raise HTTPError(503, f"all {self.settings.max_connections} connections are taken",
+                                "full", _RETRY)
             if self.stopping.is_set():
                 raise HTTPError(503, "the server is shutting down", "shutting_down", _RETRY)
             self.strangers.pop(handler, None)
@@ -1711,7 +1816,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.keeper.forget(handler)
 
     def leave(self, subscriber: Subscriber) -> None:
-        """Take a subscriber out of its channels and out of the count; what is left of it is a stranger."""
+        """Take a subscriber out of its channels and the count; what is left of it is a stranger."""
         with self.lock:
             left = self.subscribers.pop(subscriber.number, None)
         if left:
@@ -1732,7 +1837,8 @@ class Server(socketserver.ThreadingTCPServer):
             self.strangers[peer] = None
             if len(self.strangers) > self.settings.max_strangers:
                 oldest = next(iter(self.strangers))
-                self.strangers.move_to_end(oldest)  # it is on its way out; the next one to go is another
+                # It is on its way out; the next one to go is another.
+                self.strangers.move_to_end(oldest)
         if oldest:
             oldest.queue.abort()
 
@@ -1788,8 +1894,9 @@ class Server(socketserver.ThreadingTCPServer):
         return {
             "version": __version__, "python": platform.python_version(),
             "implementation": platform.python_implementation(),
-            "gil": getattr(sys, "_is_gil_enabled", lambda: True)(), "num_cpu": os.cpu_count(), "pid": os.getpid(),
-            "uptime_in_seconds": round(time.monotonic() - self.started), "tcp_port": self.server_address[1],
+            "gil": getattr(sys, "_is_gil_enabled", lambda: True)(), "num_cpu": os.cpu_count(),
+            "pid": os.getpid(), "uptime_in_seconds": round(time.monotonic() - self.started),
+            "tcp_port": self.server_address[1],
             "connections": totals["open"], "channels": totals["channels"], **settings,
         }
 
@@ -1800,8 +1907,10 @@ class Server(socketserver.ThreadingTCPServer):
         for name, kind, about, samples in _METRICS:
             lines += [f"# HELP philote_{name} {about}", f"# TYPE philote_{name} {kind}"]
             lines += [f"philote_{name}{label} {totals[count]}" for label, count in samples.items()]
-        lines += ["# HELP philote_refusals_total Requests refused, by reason.", "# TYPE philote_refusals_total counter"]
-        lines += [f'philote_refusals_total{{reason="{code}"}} {count}' for code, count in sorted(refusals.items())]
+        lines += ["# HELP philote_refusals_total Requests refused, by reason.",
+                  "# TYPE philote_refusals_total counter"]
+        lines += [f'philote_refusals_total{{reason="{code}"}} {count}'
+                  for code, count in sorted(refusals.items())]
         return "\n".join(lines) + "\n"
 
     # The end
@@ -1809,10 +1918,11 @@ class Server(socketserver.ThreadingTCPServer):
     def stop(self, timeout: float | None = None) -> None:
         """Stop serving: no newcomers, queued messages are written, everybody gets close 1001.
 
-        It takes `timeout` seconds at most, by default those of the settings. A message that was read before the call
-        reaches all subscribers that read.
+        It takes `timeout` seconds at most, by default those of the settings. A message that was
+        read before the call reaches all subscribers that read.
         """
-        deadline = time.monotonic() + (self.settings.shutdown_timeout if timeout is None else timeout)
+        deadline = time.monotonic() + (
+            self.settings.shutdown_timeout if timeout is None else timeout)
         self.stopping.set()  # from now on, whatever is read is dropped
         self.shutdown()
         self.server_close()
@@ -1844,12 +1954,14 @@ _METRICS = (
     ("queued_bytes", "gauge", "Bytes that wait for slow subscribers now.", {"": "queued"}),
     ("messages_received_total", "counter", "Messages that came, good and bad.", {"": "received"}),
     ("messages_published_total", "counter", "Messages that were published.", {"": "published"}),
-    ("messages_delivered_total", "counter", "Messages queued for subscribers, once for each.", {"": "delivered"}),
+    ("messages_delivered_total", "counter", "Messages queued for subscribers, once for each.",
+     {"": "delivered"}),
     ("received_bytes_total", "counter", "Bytes read.", {"": "bytes_received"}),
     ("sent_bytes_total", "counter", "Bytes written.", {"": "bytes_sent"}),
     ("errors_total", "counter", "Messages dropped, by code.",
      {'{code="bad_message"}': "bad_messages", '{code="forbidden"}': "forbidden"}),
-    ("slow_consumers_total", "counter", "Subscribers disconnected for not reading.", {"": "slow_consumers"}),
+    ("slow_consumers_total", "counter", "Subscribers disconnected for not reading.",
+     {"": "slow_consumers"}),
 )
 
 
@@ -1866,8 +1978,9 @@ def _wait_until(condition: Callable[[], bool], deadline: float) -> None:
         time.sleep(0.01)
 
 
-# ------------------------------------------------------------------------------------------------------------ client
-# For Python programs, and for the commands below. simple-websocket runs the protocol, in a thread of its own.
+# ------------------------------------------------------------------------------------------- client
+# For Python programs, and for the commands below. simple-websocket runs the protocol, in a thread
+# of its own.
 
 class PhiloteError(Exception):
     """What a Client raises."""
@@ -1882,11 +1995,14 @@ class Unauthorized(PhiloteError):
 
 
 class Forbidden(PhiloteError):
-    """The server dropped a message that was published: the token does not allow it, or it was malformed."""
+    """The server dropped a published message: the token does not allow it, or it was malformed."""
 
 
 class ConnectionClosed(PhiloteError):
-    """The connection has ended, with a close code of RFC 6455, section 7.4 (1006: without a closing handshake)."""
+    """The connection has ended, with a close code of RFC 6455, section 7.4.
+
+    Code 1006 is an end without a closing handshake.
+    """
 
     def __init__(self, code: int, reason: str = "") -> None:
         super().__init__(f"connection closed with {code}" + (f": {reason}" if reason else ""))
@@ -1894,14 +2010,16 @@ class ConnectionClosed(PhiloteError):
 
 
 class Client:
-    """A connection to a Philote server. Threads may share it: one may publish while another receives.
+    """A connection to a Philote server. Threads may share it: one publishes while another receives.
 
-        with Client("ws://localhost:6380", new_token(secret, read=["news"], write=["news"])) as client:
+        with Client("ws://localhost:6380",
+                    new_token(secret, read=["news"], write=["news"])) as client:
             client.publish("news", "hello")
             print(client.receive(timeout=1))
 
-    Raises OSError where the server cannot be reached, Unauthorized where it refuses the token. A server answers a
-    message that it drops some time later: Forbidden is raised by the next call that finds the answer, close() at last.
+    Raises OSError where the server cannot be reached, Unauthorized where it refuses the token. A
+    server answers a message that it drops some time later: Forbidden is raised by the next call
+    that finds the answer, close() at last.
     """
 
     def __init__(self, url: str = "ws://localhost:6380", token: str = "") -> None:
@@ -1913,10 +2031,13 @@ class Client:
         self._ws: Any = None
         parts = urllib.parse.urlsplit(url)
         if parts.scheme not in ("ws", "wss") or not parts.hostname:
-            raise PhiloteError(f"the URL must begin with ws:// or wss:// and name a host, not {url!r}")
+            raise PhiloteError(
+                f"the URL must begin with ws:// or wss:// and name a host, not {url!r}")
         self._ws = _ClientWebSocket.connect(
-            urllib.parse.urlunsplit(parts._replace(path=parts.path or "/")), headers={"Authorization": f"Bearer {token}"} if token else {},
-            thread_class=functools.partial(_ReaderThread, self), event_class=functools.partial(_Arrival, self))
+            urllib.parse.urlunsplit(parts._replace(path=parts.path or "/")),
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            thread_class=functools.partial(_ReaderThread, self),
+            event_class=functools.partial(_Arrival, self))
 
     def publish(self, channel: str, data: str) -> None:
         """Send a message. Raises ConnectionClosed, and Forbidden for a message before this one."""
@@ -1931,7 +2052,8 @@ class Client:
     def receive(self, timeout: float | None = None) -> Message | None:
         """Wait `timeout` seconds (None: for ever) for the next message; None if there was none.
 
-        Raises ConnectionClosed once all that came has been received, and Forbidden for a message that we published.
+        Raises ConnectionClosed once all that came has been received, and Forbidden for a message
+        that we published.
         """
         with self._arrived:
             self._arrived.wait_for(lambda: self._refusals or self._messages or self._end, timeout)
@@ -1990,8 +2112,8 @@ class Client:
                 if "error" in value:
                     self._refusals.append(Forbidden(value.get("reason", value["error"])))
                 else:
-                    self._messages.append(
-                        Message(value.get("issuer", ""), value.get("channel", ""), value.get("data", "")))
+                    self._messages.append(Message(
+                        value.get("issuer", ""), value.get("channel", ""), value.get("data", "")))
             self._arrived.notify_all()
 
     def read(self, loop: Callable[[], None]) -> None:
@@ -2030,10 +2152,10 @@ class _ClientWebSocket(simple_websocket.Client):
 
 
 class _ClientSocket:
-    """A socket, TLS or not, that one thread may read while another writes; send() writes all it is given.
+    """A socket, TLS or not, that one thread may read while another writes; send() writes it all.
 
-    No thread is ever inside a call of the socket for long, and never two: they wait outside. Two threads inside one
-    TLS connection corrupt it or wait for each other.
+    No thread is ever inside a call of the socket for long, and never two: they wait outside. Two
+    threads inside one TLS connection corrupt it or wait for each other.
     """
 
     def __init__(self, sock: socket.socket) -> None:
@@ -2052,7 +2174,8 @@ class _ClientSocket:
         return len(data)
 
     def recv(self, size: int) -> bytes:
-        # The library looks for frames behind the handshake's answer only when more arrives: they are held back for it.
+        # The library looks for frames behind the handshake's answer only when more arrives: they
+        # are held back for it.
         if not self.opened:
             while b"\r\n\r\n" not in self.rest:
                 self.rest += self._receive(size)
@@ -2079,11 +2202,13 @@ class _ClientSocket:
                     return call(argument)
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
                 if isinstance(error, ssl.SSLError):
-                    event = selectors.EVENT_READ if isinstance(error, ssl.SSLWantReadError) else selectors.EVENT_WRITE
+                    event = (selectors.EVENT_READ if isinstance(error, ssl.SSLWantReadError)
+                             else selectors.EVENT_WRITE)
             except OSError:
                 self.ended = True
                 raise
-            with _Selector() as selector, contextlib.suppress(ValueError):  # where abort() has closed it meanwhile
+            # ValueError is raised where abort() has closed it meanwhile.
+            with _Selector() as selector, contextlib.suppress(ValueError):
                 selector.register(self.sock, event)
                 selector.select()
 
@@ -2099,15 +2224,19 @@ class _ClientSocket:
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
 
 
-# ------------------------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 # philote [serve], philote token, philote subscribe, philote publish.
 
 _EXAMPLES = {
-    "": "example, in two terminals:\n  philote serve\n  philote subscribe news\n  philote publish news hello",
-    "serve": "example:\n  SECRET=$(openssl rand -hex 32) PORT=8080 philote serve\n\nsettings, from the environment:\n"
-             + "\n".join(f"  {name.upper():18}{allowed}" for name, (_, allowed) in _ALLOWED.items()),
+    "": "example, in two terminals:\n  philote serve\n  philote subscribe news\n"
+        "  philote publish news hello",
+    "serve": "example:\n  SECRET=$(openssl rand -hex 32) PORT=8080 philote serve\n\n"
+             "settings, from the environment:\n"
+             + "\n".join(f"  {name.upper():18}{allowed}"
+                         for name, (_, allowed) in _ALLOWED.items()),
     "token": "example:\n  SECRET=... philote token --read news,chat --write chat --expires 1h",
-    "subscribe": "example:\n  philote subscribe news --json --token \"$(philote token --read news)\"",
+    "subscribe": "example:\n"
+                 "  philote subscribe news --json --token \"$(philote token --read news)\"",
     "publish": "example:\n  tail -f /var/log/syslog | philote publish logs",
 }
 
@@ -2129,37 +2258,47 @@ def _parse_names(text: str) -> list[str]:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="philote", description="WebSocket publish/subscribe server, and the tools for it.",
-                     epilog=_EXAMPLES[""], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = _Parser(
+        prog="philote", description="WebSocket publish/subscribe server, and the tools for it.",
+        epilog=_EXAMPLES[""], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"philote {__version__}")
     parser.set_defaults(command=_serve)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
 
-    def add(name: str, command: Callable[[argparse.Namespace], int], about: str) -> argparse.ArgumentParser:
-        added = commands.add_parser(name, help=about, description=about[0].upper() + about[1:] + ".",
-                                    epilog=_EXAMPLES[name], formatter_class=argparse.RawDescriptionHelpFormatter)
+    def add(name: str, command: Callable[[argparse.Namespace], int],
+            about: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(
+            name, help=about, description=about[0].upper() + about[1:] + ".",
+            epilog=_EXAMPLES[name], formatter_class=argparse.RawDescriptionHelpFormatter)
         added.set_defaults(command=command)
         return added
 
     add("serve", _serve, "serve; what philote does without a command")
     token = add("token", _token, "print a token signed with SECRET, or check one")
-    token.add_argument("--read", type=_parse_names, default=[], metavar="A,B", help="channels that it may read")
-    token.add_argument("--write", type=_parse_names, default=[], metavar="A,B", help="channels that it may write")
-    token.add_argument("--expires", type=_parse_duration, metavar="1h", help="how long it is valid (default: for ever)")
+    token.add_argument("--read", type=_parse_names, default=[], metavar="A,B",
+                       help="channels that it may read")
+    token.add_argument("--write", type=_parse_names, default=[], metavar="A,B",
+                       help="channels that it may write")
+    token.add_argument("--expires", type=_parse_duration, metavar="1h",
+                       help="how long it is valid (default: for ever)")
     token.add_argument("--api", action="store_true", help="also open /api/info and /metrics")
-    token.add_argument("--check", metavar="TOKEN", help="say what a token allows instead; - reads it from standard input")
+    token.add_argument("--check", metavar="TOKEN",
+                       help="say what a token allows instead; - reads it from standard input")
     subscribe = add("subscribe", _subscribe, "print the messages of channels, a line each")
     subscribe.add_argument("channels", nargs="+", metavar="CHANNEL")
     subscribe.add_argument("--json", action="store_true", help="print the whole message as JSON")
     subscribe.add_argument("--count", type=int, metavar="N", help="end after N messages")
-    publish = add("publish", _publish, "publish a message, or a message for each line of standard input")
+    publish = add(
+        "publish", _publish, "publish a message, or a message for each line of standard input")
     publish.add_argument("channel", metavar="CHANNEL")
     publish.add_argument("data", nargs="?", metavar="DATA")
     for command in (subscribe, publish):
-        command.add_argument("--url", default=os.environ.get("PHILOTE_URL", "ws://localhost:6380"),
-                             help="server (default: PHILOTE_URL, or ws://localhost:6380)")
-        command.add_argument("--token", default=os.environ.get("PHILOTE_TOKEN"),
-                             help="token (default: PHILOTE_TOKEN, or one made on the spot with SECRET)")
+        command.add_argument(
+            "--url", default=os.environ.get("PHILOTE_URL", "ws://localhost:6380"),
+            help="server (default: PHILOTE_URL, or ws://localhost:6380)")
+        command.add_argument(
+            "--token", default=os.environ.get("PHILOTE_TOKEN"),
+            help="token (default: PHILOTE_TOKEN, or one made on the spot with SECRET)")
     return parser
 
 
@@ -2186,21 +2325,24 @@ def _serve(_: argparse.Namespace) -> int:
         print(error, file=sys.stderr)
         return 2
     logging.Formatter.converter = time.gmtime
-    logging.basicConfig(level=_LEVELS[settings.loglevel], stream=sys.stderr,
-                        format="%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
+    logging.basicConfig(
+        level=_LEVELS[settings.loglevel], stream=sys.stderr,
+        format="%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", datefmt="%Y-%m-%dT%H:%M:%S")
     # Taken one by one with sigwait(), signals interrupt no thread in the middle of anything.
     signals = {signal.SIGINT, signal.SIGTERM}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
-    threading.stack_size(2 << 20)  # JSON nested deeply needs it; memory that is not touched costs nothing
-    # A thread that waits for the interpreter's lock asks for it once in every such interval. When thousands are woken
-    # at a time (a proxy went away), at the default 5 ms they do little else; and ours let go at every system call.
+    # JSON nested deeply needs it; memory that is not touched costs nothing.
+    threading.stack_size(2 << 20)
+    # A thread that waits for the interpreter's lock asks for it once in every such interval. When
+    # thousands are woken at a time (a proxy went away), at the default 5 ms they do little else;
+    # and ours let go at every system call.
     sys.setswitchinterval(max(0.005, settings.max_connections / 10_000))
     _raise_descriptor_limit(settings)
     try:
         server = Server(settings)
     except OSError as error:
-        print(f"philote: cannot listen on {settings.host or 'all interfaces'}, port {settings.port}: {error.strerror}",
-              file=sys.stderr)
+        print(f"philote: cannot listen on {settings.host or 'all interfaces'}, "
+              f"port {settings.port}: {error.strerror}", file=sys.stderr)
         return 1
     with server:
         _greet(server)
@@ -2215,13 +2357,16 @@ def _serve(_: argparse.Namespace) -> int:
 
 def _greet(server: Server) -> None:
     settings, (address, port, *_) = server.settings, server.server_address
-    log.info("philote %s on Python %s listens on %s port %d: MAX_CONNECTIONS=%d CHECK_ORIGIN=%s SECRET %s LOGLEVEL=%s",
-             __version__, platform.python_version(), address, port, settings.max_connections, settings.check_origin,
-             "set" if settings.secret else "empty", settings.loglevel)
+    log.info("philote %s on Python %s listens on %s port %d: "
+             "MAX_CONNECTIONS=%d CHECK_ORIGIN=%s SECRET %s LOGLEVEL=%s",
+             __version__, platform.python_version(), address, port, settings.max_connections,
+             settings.check_origin, "set" if settings.secret else "empty", settings.loglevel)
     if not settings.secret:
-        log.warning("SECRET is empty: anybody can make a token, so only clients on this machine are let in")
+        log.warning(
+            "SECRET is empty: anybody can make a token, so only clients on this machine are let in")
     elif len(settings.secret) < 32:
-        log.warning("SECRET has %d characters; one of 32 or more cannot be guessed", len(settings.secret))
+        log.warning("SECRET has %d characters; one of 32 or more cannot be guessed",
+                    len(settings.secret))
 
 
 def _raise_descriptor_limit(settings: Settings) -> None:
@@ -2232,8 +2377,9 @@ def _raise_descriptor_limit(settings: Settings) -> None:
             resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
         else:
             resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            log.warning("MAX_CONNECTIONS=%d needs %d descriptors, and the system allows %d (ulimit -n)",
-                        settings.max_connections, needed, hard)
+            log.warning(
+                "MAX_CONNECTIONS=%d needs %d descriptors, and the system allows %d (ulimit -n)",
+                settings.max_connections, needed, hard)
 
 
 def _token(arguments: argparse.Namespace) -> int:
@@ -2247,14 +2393,17 @@ def _token(arguments: argparse.Namespace) -> int:
     except TokenError as error:
         print(f"refused: {error}")
         return 1
-    until = "for ever" if key.expires is None else time.strftime("until %Y-%m-%d %H:%M:%S UTC", time.gmtime(key.expires))
+    until = "for ever" if key.expires is None else time.strftime(
+        "until %Y-%m-%d %H:%M:%S UTC", time.gmtime(key.expires))
     print(f"valid {until}; read: {', '.join(sorted(key.read)) or 'nothing'}; "
           f"write: {', '.join(sorted(key.write)) or 'nothing'}; api: {'yes' if key.api else 'no'}")
     return 0
 
 
-def _connect(arguments: argparse.Namespace, read: Sequence[str] = (), write: Sequence[str] = ()) -> Client:
-    return Client(arguments.url, arguments.token or new_token(os.environ.get("SECRET", ""), read, write))
+def _connect(arguments: argparse.Namespace, read: Sequence[str] = (),
+             write: Sequence[str] = ()) -> Client:
+    return Client(
+        arguments.url, arguments.token or new_token(os.environ.get("SECRET", ""), read, write))
 
 
 def _subscribe(arguments: argparse.Namespace) -> int:
@@ -2265,7 +2414,8 @@ def _subscribe(arguments: argparse.Namespace) -> int:
                 pause = 0.5
                 for message in client:
                     if message.channel in arguments.channels:
-                        print(json.dumps(message._asdict()) if arguments.json else message.data, flush=True)
+                        print(json.dumps(message._asdict()) if arguments.json else message.data,
+                              flush=True)
                         left -= 1
                         if left <= 0:
                             return 0
