@@ -878,7 +878,7 @@ class WebSocket(Subscriber):
 
     def __init__(self, server: Server, queue: WriterQueue, address: str, key: AccessKey) -> None:
         super().__init__(server, queue, address, key)
-        self.pinged = False  # whether a ping went out since
+        self.pinged = 0.0  # when the last ping went out
         # Channels it published to, and what all its messages there begin with.
         self.heads: dict[str, str] = {}
         self.batch = Batch(server, self)
@@ -952,14 +952,13 @@ class WebSocket(Subscriber):
         """Ping a silent peer; end the connection of one that stayed silent."""
         heard = self.heard
         if now < heard + interval:
-            self.pinged = False
             return heard + interval
-        if now < heard + 2 * interval:
-            if not self.pinged:
-                self.pinged = True
-                self.queue.put(_PING)
-                self.queue.flush()
-            return heard + 2 * interval
+        if self.pinged <= heard:
+            self.pinged = now
+            self.queue.put(_PING)
+            self.queue.flush()
+        if now < self.pinged + interval:
+            return self.pinged + interval
         log.info("%s %s: nothing came for %g seconds, disconnected",
                  self.address, self.id, now - heard)
         self.end(INTERNAL, "ping timeout")
@@ -1921,6 +1920,8 @@ class Server(socketserver.ThreadingTCPServer):
         It takes `timeout` seconds at most, by default those of the settings. A message that was
         read before the call reaches all subscribers that read.
         """
+        if self.stopping.is_set():
+            return
         deadline = time.monotonic() + (
             self.settings.shutdown_timeout if timeout is None else timeout)
         self.stopping.set()  # from now on, whatever is read is dropped
