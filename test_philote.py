@@ -1234,3 +1234,156 @@ def test_a_stuck_client_holds_up_the_end_for_no_longer_than_allowed():
             stop.join(PATIENCE)
             assert not stop.is_alive() and footprint(server)[:3] == (0, 0, 0)
     
+
+# ----------------------------------------------------------------------------------------- fuzzing
+
+def fuzz(examples):
+    """Let hypothesis try so many examples, on a server that they share."""
+    return hypothesis.settings(
+        max_examples=examples, deadline=None, derandomize=False, print_blob=True,
+        suppress_health_check=list(hypothesis.HealthCheck))
+
+
+@pytest.fixture(scope="module")
+def fuzzed():
+    """A server that many examples are thrown at; it must log no traceback and serve to the end."""
+    records = []
+    handler = logging.Handler()
+    handler.emit = records.append
+    philote.log.addHandler(handler)
+    with running(max_message_size=10_000) as server:
+        yield server
+        assert is_served(server)
+    philote.log.removeHandler(handler)
+    assert not [record for record in records if record.exc_info]
+
+
+def until_closed(sock):
+    """Read what comes until the server closes, which it must do within PATIENCE."""
+    with contextlib.suppress(ConnectionError):
+        while sock.recv(65536):
+            pass
+
+
+FRAMES = st.builds(
+    frame, st.sampled_from([0, 1, 1, 1, 2, 8, 9, 10, 3, 15]), st.one_of(
+        st.binary(max_size=130), st.text(max_size=60), st.just(message("a", "x")), st.just(message("no"))),
+    fin=st.sampled_from([True, True, True, False]), rsv=st.sampled_from([0] * 9 + [4]),
+    mask=st.sampled_from([b"\x37\xfa\x21\x3d"] * 9 + [b""]))
+
+
+def check_bytes_behind_the_handshake(server, sent):
+    with RawClient(server, write=["a"]) as client:
+        with contextlib.suppress(OSError):
+            client.send(sent)
+            client.sock.shutdown(socket.SHUT_WR)
+        until_closed(client.sock)
+
+
+@hypothesis.given(st.one_of(st.binary(max_size=300), st.lists(FRAMES, max_size=12).map(b"".join)))
+@fuzz(150)
+def test_any_bytes_behind_the_handshake_do_no_harm(fuzzed, sent):
+    check_bytes_behind_the_handshake(fuzzed, sent)
+
+
+@pytest.mark.full
+@hypothesis.given(st.one_of(st.binary(max_size=300), st.lists(FRAMES, max_size=12).map(b"".join)))
+@fuzz(3000)
+def test_any_bytes_behind_the_handshake_do_no_harm_in_full(fuzzed, sent):
+    check_bytes_behind_the_handshake(fuzzed, sent)
+
+
+LINES = st.one_of(
+    st.binary(max_size=40), st.sampled_from([
+        b"Host: x", b"Upgrade: websocket", b"Connection: upgrade", b"Sec-WebSocket-Version: 13", b"Content-Length: 5",
+        b"Sec-WebSocket-Key: " + NONCE.encode(), b"Authorization: " + GOOD.encode(), b"Transfer-Encoding: chunked",
+        b"Expect: 100-continue", b"Origin: null", b"", b"Connection: close", b"Content-Type: text/plain"]))
+HANDSHAKES = st.one_of(st.binary(max_size=200), st.tuples(
+    st.sampled_from([b"GET / HTTP/1.1", b"POST /api/publish HTTP/1.1", b"GET /metrics HTTP/1.0",
+                     b"GET /api/events?channel=a HTTP/1.1", b"OPTIONS * HTTP/1.1", b"HEAD /health HTTP/1.1",
+                     b"GET /?auth=%00%ff HTTP/1.1"]),
+    st.lists(LINES, max_size=9), st.binary(max_size=20)).map(lambda t: b"\r\n".join([t[0], *t[1], b"", t[2]])))
+
+
+def check_handshake(server, sent):
+    with dial(server) as sock:
+        with contextlib.suppress(OSError):
+            sock.sendall(sent)
+            sock.shutdown(socket.SHUT_WR)
+        until_closed(sock)
+
+
+@hypothesis.given(HANDSHAKES)
+@fuzz(150)
+def test_any_handshake_does_no_harm(fuzzed, sent):
+    check_handshake(fuzzed, sent)
+
+
+@pytest.mark.full
+@hypothesis.given(HANDSHAKES)
+@fuzz(3000)
+def test_any_handshake_does_no_harm_in_full(fuzzed, sent):
+    check_handshake(fuzzed, sent)
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.integers() | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(
+        st.sampled_from(["channel", "data", "Channel", "DATA", "x"]), inner, max_size=4), max_leaves=6)
+
+
+@hypothesis.given(JSON)
+@fuzz(300)
+def test_any_json_value_is_published_or_answered_with_an_error(fuzzed, value):
+    with RawClient(fuzzed, ["a"], ["a"]) as client:
+        client.send(frame(1, json.dumps(value)) + frame(9))
+        opcode, payload = client.read_frame()
+        if opcode == 1:
+            assert json.loads(payload)["error"] in ("bad_message", "forbidden")
+        else:
+            assert opcode == 10 and value["channel" if "channel" in value else "Channel"] == "a"
+
+
+@hypothesis.given(st.lists(st.tuples(st.sampled_from(["whole", "binary", "fragments"]), st.text(max_size=80)),
+                           min_size=1, max_size=8), st.lists(st.integers(1, 400), max_size=12))
+@fuzz(150)
+def test_any_split_of_a_valid_stream_gives_the_same_messages(fuzzed, messages, cuts):
+    stream = b""
+    for kind, data in messages:
+        body = message("a", data).encode()
+        stream += {"whole": frame(1, body), "binary": frame(2, body),
+                   "fragments": frame(1, body[:9], fin=False) + frame(9) + frame(0, body[9:])}[kind]
+    with RawClient(fuzzed, ["a"]) as reader, RawClient(fuzzed, write=["a"]) as writer:
+        at = 0
+        for cut in [*cuts, len(stream)]:
+            writer.send(stream[at:at + cut])
+            at += cut
+        assert [reader.receive().get("data", "") for _ in messages] == [data for _, data in messages]
+
+
+# ------------------------------------------------------------------------- clients of other people
+
+@pytest.mark.parametrize("address", ["127.0.0.1", "::1", "localhost"])
+def test_the_websockets_library_talks_to_it_over_ipv4_and_ipv6(address):
+    with running(host="") as server:
+        host = f"[{address}]" if ":" in address else address
+        url = f"ws://{host}:{port_of(server)}/?auth={make_token(['a'], ['a'])}"
+        with websockets.sync.client.connect(url) as one, websockets.sync.client.connect(url) as two:
+            for data in ("hello", "h\u00e9" * 1000, "x" * 100_000):
+                one.send(message("a", data))
+                assert json.loads(two.recv(PATIENCE))["data"] == data
+            one.ping().wait(PATIENCE)
+            one.send("{")
+            assert json.loads(one.recv(PATIENCE))["error"] == "bad_message"
+
+
+def test_the_websockets_library_sees_a_clean_end(server):
+    url = f"ws://127.0.0.1:{port_of(server)}/?auth={GOOD}"
+    with websockets.sync.client.connect(url) as client:
+        client.close(4000, "done")
+        assert client.close_code == 4000
+    with websockets.sync.client.connect(url) as client:
+        threading.Thread(target=server.stop).start()
+        with pytest.raises(websockets.exceptions.ConnectionClosed) as caught:
+            client.recv(PATIENCE)
+        assert caught.value.rcvd.code == 1001
