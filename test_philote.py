@@ -699,9 +699,19 @@ def test_a_stalled_subscriber_delays_nobody_and_is_dropped(caplog, full):
             assert reader.receive()["data"].startswith(f"{i} ")
         wait_until(lambda: server.statistics()[0]["slow_consumers"] == 1)
         assert "slow consumer" in caplog.text
-        frames = iter(stalled.read_frame, None)  # all that was on its way, then the reason, then the end
-        kinds = [opcode for opcode, _ in frames]
-        assert set(kinds[:-1]) == {1} and kinds[-1] == 8
+        assert stalled.sock.fileno() > 0
+
+
+def test_a_slow_consumer_that_reads_at_last_is_told_why():
+    with running(max_queue_size=200_000) as server, RawClient(server, write=["a"]) as writer, \
+            RawClient(server, ["a"], receive_buffer=4096) as slow:
+        while not server.statistics()[0]["slow_consumers"]:
+            writer.publish("a", "x" * 100_000)
+        frames = list(iter(slow.read_frame, None))  # what was on its way, the reason, the end
+        assert {opcode for opcode, _ in frames[:-1]} == {1}
+        assert {len(payload) for _, payload in frames[:-1]} == {100_000 + len(
+            json.dumps({"issuer": str(uuid.uuid4()), "channel": "a", "data": ""}, separators=",:"))}
+        assert frames[-1] == (8, struct.pack("!H", 1008) + b"slow consumer")
 
 
 def test_a_slow_subscriber_within_the_limit_misses_nothing(server):
@@ -732,7 +742,7 @@ def test_stalled_subscribers_hold_no_more_than_their_limit(full):
         while server.statistics()[0]["slow_consumers"] < stalled:
             writer.publish("a", "x" * 10_000)
             highest = max(highest, server.statistics()[0]["queued"])
-        assert highest <= stalled * (limit + 11_000) and len(clients) == stalled
+        assert highest <= stalled * (limit + 31_000) and len(clients) == stalled
 
 
 def test_pings_without_end_from_a_peer_that_never_reads_end_it(caplog):
@@ -1076,10 +1086,11 @@ def test_nothing_of_one_client_lands_on_the_reused_descriptor_of_another(server,
         thread.join()
 
 
-def test_churn_leaves_nothing_behind(server, full):
+def test_churn_leaves_nothing_behind(full):
     """Connects and disconnects, a third of them by RST, while a publisher runs."""
     rounds, each = (200, 100) if full else (8, 50)
-    with RawClient(server, ["a"]) as steady, RawClient(server, write=["a"]) as writer:
+    with running(ping_interval=0) as server, RawClient(server, ["a"]) as steady, \
+            RawClient(server, write=["a"]) as writer:
         def churn():
             for i in range(each):
                 client = RawClient(server, ["a", "b"])
@@ -1190,8 +1201,9 @@ def test_stopping_writes_what_is_queued_and_closes_with_1001(caplog):
 
 def test_stopping_loses_no_message_that_anybody_has_seen(full):
     """Stop under load: all subscribers that read see the same messages, to the last."""
-    for _ in range(10 if full else 2):
-        with running() as server, contextlib.ExitStack() as stack:
+    for _ in range(20 if full else 2):
+        with running(max_message_rate=2000, shutdown_timeout=PATIENCE) as server, \
+                contextlib.ExitStack() as stack:
             readers = [stack.enter_context(RawClient(server, ["a"])) for _ in range(4)]
             writers = [stack.enter_context(RawClient(server, write=["a"])) for _ in range(4)]
 
@@ -1210,15 +1222,12 @@ def test_stopping_loses_no_message_that_anybody_has_seen(full):
             threads += [threading.Thread(target=publish, args=(w, i)) for i, w in enumerate(writers)]
             for thread in threads:
                 thread.start()
-            wait_until(lambda: server.statistics()[0]["published"] > 2000)
+            wait_until(lambda: server.statistics()[0]["published"] > 9000)
             published = server.statistics()[0]["published"]
             server.stop()
-            for client in (*readers, *writers):
-                client.sock.shutdown(socket.SHUT_RDWR) if client.sock.fileno() > 0 else None
             for thread in threads:
                 thread.join()
-            slow = server.totals["slow_consumers"]
-        assert slow or (all(order == seen[0] for order in seen) and len(seen[0]) >= published)
+            assert all(order == seen[0] for order in seen) and len(seen[0]) >= published
 
 
 def test_a_stuck_client_holds_up_the_end_for_no_longer_than_allowed():

@@ -1,0 +1,1302 @@
+#!/usr/bin/env python3
+"""What Philote does on this machine, beside what one would write instead of it.
+
+    pip install websockets aiohttp matplotlib    # beside what philote.py itself needs
+    python bench_philote.py                      # every load, five rounds: under ten minutes
+    python bench_philote.py --quick              # about half a minute, one round
+    python bench_philote.py --loads fanout-8,latency --rounds 9 --json out.json --plot out.svg
+    python bench_philote.py --peer 'original=./philote-go'
+
+The servers take turns (A B C A B C ...), each started afresh for every load and round, Philote
+with its default settings. The peers stand in this file, each as its library's documentation would
+write it: the same JSON, tokens and permissions; no compression, no pings, no uvloop. --peer adds
+any server that speaks Philote's protocol on $PORT with $SECRET.
+
+How one figure comes about, process by process:
+
+    this one      starts a server, then a load process beside it; ends both; median and range
+    the server    philote.py, or `bench_philote.py serve-peer NAME`, or the command of a --peer
+    the load      `bench_philote.py run-load NAME PORT PID SECONDS`: connects, publishes, receives
+                  and checks every byte, reads the server's CPU time, prints one line of JSON
+
+A publisher keeps its window full: it has so many messages in flight, and sends the next one when
+every subscriber has received the oldest. A message lost, doubled or out of order fails the row.
+
+What the figures do not say: loopback has no latency, no loss and no bandwidth limit; server and
+load share the machine's cores and caches, so a busy load process slows the server down as well;
+latency includes the time in which the load process gets round to reading; clients that wait for
+one another (a closed loop) never show what an overrun server does; memory is the server process's
+own and leaves out the kernel's socket buffers. Compare the rows of one run, not two machines.
+
+The sections, bottom up: loads, WebSocket by hand, connecting, checking, publishing and receiving,
+the load process, peers, servers, rounds, table, plot, command line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import dataclasses
+import datetime
+import gc
+import hashlib
+import hmac
+import http.client
+import importlib.metadata
+import importlib.util
+import itertools
+import json
+import os
+import platform
+import random
+import select
+import shlex
+import signal
+import socket
+import statistics
+import struct
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve()
+
+
+# ------------------------------------------------------------------------------------------ loads
+# What is asked of each server, as one table. Add a row and it is measured, printed and plotted.
+
+@dataclasses.dataclass(frozen=True)
+class Load:
+    """One load. It lasts for the seconds of a run, within the bounds of `least` and `most`."""
+
+    name: str
+    title: str
+    most: int                  # messages of each publisher, or connections
+    least: int = 0             # messages of each publisher
+    kind: str = "messages"     # or "connections", or "memory"
+    publishers: int = 1
+    subscribers: int = 1
+    stalled: int = 0           # subscribers that never read, beside the others
+    window: int = 1            # messages in flight, of each publisher
+    size: int = 100            # bytes of `data`
+    figure: str = "rate"       # what the ratio compares: "rate", "p50" or "kib"
+
+    @property
+    def unit(self) -> str:
+        """Name what the first column of the table counts."""
+        if self.kind == "memory":
+            return "KiB per connection; less is better"
+        if self.kind == "connections":
+            return "connections/s"
+        unit = "deliveries/s" if self.subscribers > 1 else "messages/s"
+        return unit + ("; the ratio is of p50, less is better" if self.figure == "p50" else "")
+
+
+LOADS = {load.name: load for load in (
+    Load("fanout-1", "1 -> 200, 1 in flight", 20_000, subscribers=200),
+    Load("fanout-8", "1 -> 200, 8 in flight", 20_000, subscribers=200, window=8),
+    Load("many", "8 -> 50, 8 in flight each", 10_000, publishers=8, subscribers=50, window=8),
+    Load("fanin", "8 -> 1, 16 in flight each", 30_000, publishers=8, window=16),
+    Load("latency", "1 -> 1, 1 in flight", 60_000, figure="p50"),
+    Load("pipe", "1 -> 1, 64 in flight", 240_000, window=64),
+    Load("big", "1 -> 50, 16 KiB, 4 in flight", 4_000, subscribers=50, window=4, size=16384),
+    # At least 8 MiB: more than the kernel buffers for the one that never reads (tcp(7), tcp_wmem).
+    Load("stalled", "1 -> 49 and one that never reads", 12_000, 4_000, subscribers=49, stalled=1,
+         window=8, size=2048),
+    Load("connect", "connections accepted", 8_000, kind="connections"),
+    Load("idle-1000", "1,000 idle connections", 1_000, kind="memory", figure="kib"),
+    Load("idle-10000", "10,000 idle connections", 10_000, kind="memory", figure="kib"),
+)}
+CHANNEL = "bench"
+AT_ONCE = 64           # handshakes under way; below the listen backlog that asyncio servers have
+STUCK = 3.0            # seconds without any event after which a load has failed
+DRAIN = 15.0           # seconds in which the last messages must have arrived
+BUSY = 0.9             # from this share of a core on the load process counts as the limit
+
+
+class LoadFailed(Exception):
+    """The load could not be made, or a server broke its promise: the row fails, in these words."""
+
+
+# -------------------------------------------------------------------------------- WebSocket by hand
+# A client's half of RFC 6455, as much as a load needs, on plain bytes: what is sent is encoded
+# before the clock starts, what arrives is compared and not parsed. None of it is philote.py's code.
+
+_KEY = "dGhlIHNhbXBsZSBub25jZQ=="           # RFC 6455, section 1.3: the sample key
+_ACCEPT = b"s3pPLMBiTxaQ9kYGzzhZRbK+xOo="   # and the answer to it
+
+
+def encode_token(secret: str, read: list[str], write: list[str]) -> str:
+    """Sign an access key with HS256 (RFC 7515); no two are the same, as with real users."""
+    def base64url(data: bytes) -> bytes:
+        return base64.urlsafe_b64encode(data).rstrip(b"=")
+    claims = {"read": read, "write": write, "jti": uuid.uuid4().hex}
+    signed = b".".join(base64url(json.dumps(part).encode())
+                       for part in ({"alg": "HS256", "typ": "JWT"}, claims))
+    signature = hmac.new(secret.encode(), signed, hashlib.sha256).digest()
+    return (signed + b"." + base64url(signature)).decode()
+
+
+def encode_upgrade(port: int, token: str) -> bytes:
+    """Build the opening handshake that presents the token; no extension is offered."""
+    return (f"GET /?auth={token} HTTP/1.1\r\nHost: localhost:{port}\r\nUpgrade: websocket\r\n"
+            f"Connection: Upgrade\r\nSec-WebSocket-Key: {_KEY}\r\nSec-WebSocket-Version: 13\r\n"
+            "\r\n").encode()
+
+
+def encode_text(payload: bytes, mask: bytes) -> bytes:
+    """Build one masked text frame of at most 65,535 bytes (RFC 6455, section 5.2)."""
+    size = len(payload)
+    head = struct.pack("!BB", 0x81, 0x80 | size) if size < 126 else struct.pack(
+        "!BBH", 0x81, 0x80 | 126, size)
+    masks = (mask * (size // 4 + 1))[:size]
+    masked = int.from_bytes(payload, "big") ^ int.from_bytes(masks, "big")
+    return head + mask + masked.to_bytes(size, "big")
+
+
+def decode_head(data: bytes | bytearray, at: int) -> tuple[int, int, int] | None:
+    """Return opcode, start of the payload and end of the frame at `at`; None for half a head."""
+    if len(data) < at + 2:
+        return None
+    opcode, size, start = data[at] & 15, data[at + 1], at + 2
+    extra = {126: 2, 127: 8}.get(size, 0)
+    if len(data) < start + extra:
+        return None
+    if extra:
+        size = int.from_bytes(data[start:start + extra], "big")
+    return opcode, start + extra, start + extra + size
+
+
+def text_of(publisher: int, number: int, size: int) -> bytes:
+    """Return the `data` of a message: a mark, its publisher as a letter, its number, padding."""
+    return (b"@@%c%07d" % (65 + publisher, number)).ljust(size, b"x")
+
+
+def encode_messages(load: Load, publisher: int, count: int) -> bytes:
+    """Encode all messages of one publisher: frames of one size, one behind the other."""
+    masks = random.Random(publisher).randbytes(4 * count)
+    before, after = b'{"channel":"%s","data":"' % CHANNEL.encode(), b'"}'
+    return b"".join(
+        encode_text(before + text_of(publisher, number, load.size) + after,
+                    masks[4 * number:4 * number + 4])
+        for number in range(count))
+
+
+# --------------------------------------------------------------------------------------- connecting
+# Opening handshakes, many under way at a time, on one thread.
+
+def open_poller() -> tuple[Any, Callable[[float], list[tuple[int, int]]]]:
+    """Return an epoll object, or poll where there is none, and a wait() that takes seconds."""
+    if hasattr(select, "epoll"):
+        epoll = select.epoll()
+        return epoll, epoll.poll
+    poller = select.poll()
+    return poller, lambda seconds: poller.poll(seconds * 1000)
+
+
+READ, WRITE = select.POLLIN, select.POLLOUT  # the same numbers for epoll
+
+
+def start_handshake(port: int, request: bytes, receive_buffer: int = 0) -> socket.socket:
+    """Connect and send the request; the reply is still to come."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    if receive_buffer:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    sock.settimeout(STUCK)
+    sock.connect(("127.0.0.1", port))
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    # Closing resets, so that ten thousand connections leave no TIME_WAIT to the next round.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    sock.sendall(request)
+    return sock
+
+
+def finish_handshake(sock: socket.socket) -> socket.socket:
+    """Read the reply and make the socket non-blocking. Raises LoadFailed unless it is a 101."""
+    head = b""
+    while b"\r\n\r\n" not in head:
+        data = sock.recv(4096)
+        if not data:
+            raise LoadFailed("the server closed a connection during the handshake")
+        head += data
+    if not head.startswith(b"HTTP/1.1 101") or _ACCEPT not in head:
+        raise LoadFailed(f"a handshake was refused: {head.splitlines()[0].decode('latin-1')}")
+    if not head.endswith(b"\r\n\r\n"):
+        raise LoadFailed("the server sent data that nobody asked for behind its handshake")
+    sock.setblocking(False)
+    return sock
+
+
+def connect_all(port: int, requests: Iterable[bytes]) -> list[socket.socket]:
+    """Open one connection for each request, AT_ONCE of them under way at a time."""
+    poller, wait = open_poller()
+    requests = iter(requests)
+    under_way: dict[int, socket.socket] = {}
+    done: list[socket.socket] = []
+    while True:
+        for request in itertools.islice(requests, AT_ONCE - len(under_way)):
+            sock = start_handshake(port, request)
+            under_way[sock.fileno()] = sock
+            poller.register(sock.fileno(), READ)
+        if not under_way:
+            return done
+        ready = wait(STUCK)
+        if not ready:
+            raise LoadFailed(f"no answer to a handshake in {STUCK:.0f} s, after {len(done)}")
+        for fd, _ in ready:
+            poller.unregister(fd)
+            done.append(finish_handshake(under_way.pop(fd)))
+
+
+def close_all(sockets: Iterable[socket.socket]) -> None:
+    """Close them, each with a reset."""
+    for sock in sockets:
+        sock.close()
+
+
+# ----------------------------------------------------------------------------------------- checking
+# Every byte that arrives is checked, yet no Python code runs per delivery. All subscribers of a
+# channel are sent the same frames, so one of them - whoever is ahead - has each message checked,
+# once; the others must receive those very bytes, which is one memcmp per read. A subscriber that
+# receives them in another order is checked on its own from there on: only the order of each
+# publisher's messages is a promise that every server makes.
+
+class Stream:
+    """The messages of the channel in one order of arrival, each checked as it comes in."""
+
+    def __init__(self, load: Load, sent_at: list[list[float]]) -> None:
+        self.load = load
+        self.raw = bytearray()                # whole frames, then perhaps a part of one
+        self.checked = 0                      # bytes of it that are whole, checked frames
+        self.size = sys.maxsize               # of each frame, known with the first
+        self.publishers: list[int] = []       # who sent message 0, 1, 2 ...
+        self.sent_times: list[float] = []     # and when
+        self._sent_at = sent_at               # by publisher and number
+        self._next = [0] * load.publishers    # the number each one's next message must have
+        self._patterns: dict[int, tuple[bytes, bytes]] = {}  # frames without their number
+        self._letter = 0                      # where the publisher's letter stands in a frame
+
+    def extend(self, data: bytes) -> None:
+        """Take what arrived behind all that is known. Raises LoadFailed where it is not right."""
+        raw = self.raw
+        raw += data
+        while len(raw) > self.checked:
+            publisher = self._foreseen()
+            if publisher < 0:
+                if not self._inspect():
+                    return
+                continue
+            self.publishers.append(publisher)
+            self.sent_times.append(self._sent_at[publisher][self._next[publisher]])
+            self._next[publisher] += 1
+            self.checked += self.size
+
+    def _foreseen(self) -> int:
+        """Return whose message comes next, if it is exactly the one due from him, else -1."""
+        at = self.checked
+        if len(self.raw) - at < self.size:
+            return -1
+        publisher = self.raw[at + self._letter] - 65
+        if publisher not in self._patterns:
+            return -1
+        before, after = self._patterns[publisher]
+        expected = b"%b%07d%b" % (before, self._next[publisher], after)
+        return publisher if self.raw.startswith(expected, at) else -1
+
+    def _inspect(self) -> bool:
+        """Look at what was not foreseen: False if it is not a whole frame yet.
+
+        It may be a ping, which is taken out, or a publisher's first message, which is learnt.
+        """
+        at = self.checked
+        head = decode_head(self.raw, at)
+        if head is None or len(self.raw) < head[2]:
+            return False
+        opcode, start, end = head
+        frame = bytes(self.raw[at:end])
+        if opcode == 9:
+            del self.raw[at:end]
+        elif opcode == 8:
+            code = int.from_bytes(self.raw[start:start + 2], "big")
+            raise LoadFailed(f"the server closed a subscriber's connection with code {code}")
+        else:
+            try:
+                self._learn(frame, json.loads(frame[start - at:]))
+            except (ValueError, LookupError, TypeError, AttributeError):
+                raise LoadFailed(f"a frame that is no message: {frame[:80]!r}") from None
+        return True
+
+    def _learn(self, frame: bytes, message: dict[str, Any]) -> None:
+        """Take a publisher's first message as the pattern of those that follow."""
+        mark = frame.index(b"@@")
+        publisher, number = frame[mark + 2] - 65, int(frame[mark + 3:mark + 10])
+        due = self._next[publisher]
+        if number != due:
+            what = "lost" if number > due else "doubled or out of order"
+            raise LoadFailed(f"a message was {what}: number {number} came where {due} was due")
+        right = (message["channel"] == CHANNEL and isinstance(message["issuer"], str)
+                 and message["data"].encode() == text_of(publisher, number, self.load.size))
+        if not right or publisher in self._patterns or self.size not in (sys.maxsize, len(frame)):
+            raise LoadFailed(f"a message arrived changed: {frame[:80]!r}")
+        self._patterns[publisher] = frame[:mark + 3], frame[mark + 10:]
+        self.size, self._letter = len(frame), mark + 2
+
+    def fork(self, at: int) -> Stream:
+        """Return a stream of its own for a subscriber that has received the first `at` bytes."""
+        other = Stream(self.load, self._sent_at)
+        other.extend(bytes(self.raw[:at]))
+        return other
+
+
+# ------------------------------------------------------------------------ publishing and receiving
+# One thread and one epoll object do both. The loops below are what must be fast: they handle what
+# one read brought, be it one message or fifty.
+
+class Reader:
+    """A subscriber: how far it has come in the stream it follows."""
+
+    __slots__ = ("recv_into", "stream", "at", "sampled")
+
+    def __init__(self, sock: socket.socket, stream: Stream, sampled: bool) -> None:
+        self.recv_into = sock.recv_into
+        self.stream = stream
+        self.at = 0              # bytes received
+        self.sampled = sampled   # whether its latencies are noted
+
+
+class Publisher:
+    """A publisher: its frames, encoded beforehand, and how many may be and are sent."""
+
+    def __init__(self, sock: socket.socket, frames: bytes, count: int) -> None:
+        self.sock = sock
+        self.frames = memoryview(frames)
+        self.frame_size = len(frames) // count
+        self.position = 0                  # bytes sent
+        self.goal = 0                      # messages to be sent by now
+        self.done = 0                      # messages that every subscriber has received
+        self.sent_at: list[float] = []     # when each became due
+
+    def send(self) -> bool:
+        """Send up to the goal; tell whether the socket took all of it."""
+        end = self.goal * self.frame_size
+        try:
+            self.position += self.sock.send(self.frames[self.position:end])
+        except BlockingIOError:
+            pass
+        return self.position == end
+
+
+class Exchange:
+    """Publishers that keep their windows full, and subscribers that must receive everything."""
+
+    def __init__(self, load: Load, publishers: list[Publisher],
+                 subscribers: list[socket.socket]) -> None:
+        self.load = load
+        self.publishers = {publisher.sock.fileno(): publisher for publisher in publishers}
+        self.stream = Stream(load, [publisher.sent_at for publisher in publishers])
+        self._by_number = publishers
+        step = max(1, len(subscribers) // 10)   # ten of them are enough for latencies
+        self.readers = {sock.fileno(): Reader(sock, self.stream, number % step == step // 2)
+                        for number, sock in enumerate(subscribers)}
+        self.latencies: list[float] = []
+        self.finished = 0                       # messages that every subscriber has received
+        self._standing = [0] * (load.publishers * load.most + 1)  # readers by messages received
+        self._standing[0] = len(subscribers)
+        self._buffer = memoryview(bytearray(1 << 17))  # one for all: it stays in the cache
+        self.poller, self.wait = open_poller()
+        for fd in itertools.chain(self.publishers, self.readers):
+            self.poller.register(fd, READ)
+
+    def run(self, seconds: float, least: int, most: int) -> int:
+        """Publish for so long, or until each one's message `most`, and return when all arrived.
+
+        When the time is over it goes on to message `least`. Returns the number of messages.
+        """
+        before = self.finished
+        end = time.perf_counter() + seconds
+        while True:
+            now = time.perf_counter()
+            if now > end:
+                most = least
+                if now > end + DRAIN:
+                    raise LoadFailed(f"messages were still missing after {DRAIN:.0f} s")
+            if not self.publish(now, most):
+                return self.finished - before
+            events = self.wait(STUCK)
+            if not events:
+                raise LoadFailed(f"stuck: nothing arrived for {STUCK:.0f} s")
+            self.receive(events)
+            self.advance()
+
+    def check_silence(self) -> None:
+        """See that nothing comes behind the last message. Raises LoadFailed."""
+        if events := self.wait(0.05):
+            self.receive(events)
+
+    def publish(self, now: float, most: int) -> bool:
+        """Send what the windows allow; tell whether any message is in flight."""
+        in_flight, window = False, self.load.window
+        for publisher in self._by_number:
+            goal = min(publisher.done + window, most)
+            if goal > publisher.goal:
+                publisher.sent_at.extend([now] * (goal - publisher.goal))
+                publisher.goal = goal
+                if not publisher.send():
+                    self.poller.modify(publisher.sock.fileno(), READ | WRITE)
+            if publisher.goal > publisher.done:
+                in_flight = True
+        return in_flight
+
+    def receive(self, events: list[tuple[int, int]]) -> None:
+        """Read from each socket that has something, and move its reader on."""
+        readers, standing, stream, buffer = self.readers, self._standing, self.stream, self._buffer
+        for fd, _ in events:
+            reader = readers.get(fd)
+            if reader is None:
+                self.attend(self.publishers[fd])
+                continue
+            data, old = buffer[:reader.recv_into(buffer)], reader.at
+            if data and reader.stream.raw.startswith(data, old):
+                reader.at = new = old + len(data)
+            else:
+                reader.at = new = self.go_ahead(reader, bytes(data))
+            old //= stream.size
+            new //= stream.size
+            if old != new:
+                standing[old] -= 1
+                standing[new] += 1
+                if reader.sampled:
+                    now = time.perf_counter()
+                    self.latencies.extend([now - t for t in reader.stream.sent_times[old:new]])
+
+    def go_ahead(self, reader: Reader, data: bytes) -> int:
+        """Take bytes that the reader's stream does not have yet, or has otherwise."""
+        if not data:
+            raise LoadFailed("the server closed a subscriber's connection")
+        raw = reader.stream.raw
+        known = len(raw) - reader.at
+        if raw[reader.at:] == data[:known]:
+            reader.stream.extend(data[known:])
+        else:
+            reader.stream = reader.stream.fork(reader.at)
+            reader.stream.extend(data)
+        return len(reader.stream.raw)
+
+    def advance(self) -> None:
+        """Count the messages that the slowest reader has received by now."""
+        standing, publishers, finished = self._standing, self.stream.publishers, self.finished
+        while not standing[finished]:
+            self._by_number[publishers[finished]].done += 1
+            finished += 1
+        self.finished = finished
+
+    def attend(self, publisher: Publisher) -> None:
+        """Go on sending to a socket that was full; nothing should arrive on it."""
+        with contextlib.suppress(BlockingIOError):
+            data = publisher.sock.recv(4096)
+            if not data:
+                raise LoadFailed("the server closed a publisher's connection")
+            if data[0] != 0x89:  # a ping
+                raise LoadFailed(f"the server told a publisher: {data[:80]!r}")
+        if publisher.send():
+            self.poller.modify(publisher.sock.fileno(), READ)
+
+
+# -------------------------------------------------------------------------------- the load process
+# What `run-load` does: one load on one server. It measures the server from outside, through /proc.
+
+_TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
+
+
+def cpu_seconds(pid: int) -> float | None:
+    """Return the CPU time a process has used, to 10 ms; None where there is no /proc (proc(5))."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return (int(fields[11]) + int(fields[12])) / _TICKS
+
+
+def resident_kib(pid: int) -> int | None:
+    """Return the resident memory of a process in KiB; None where there is no /proc."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), None)
+
+
+def difference(before: float | None, after: float | None) -> float | None:
+    """Subtract what may not have been measured."""
+    return None if before is None or after is None else after - before
+
+
+class Meter:
+    """What a stretch of time cost: the server's CPU, this process's, and the clock."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.cpu = cpu_seconds(pid)
+        self.own = time.process_time()
+        self.start = time.perf_counter()
+
+    def read(self, events: int) -> dict[str, float | None]:
+        """Return the figures of so many events since the meter was made."""
+        seconds = time.perf_counter() - self.start
+        own = time.process_time() - self.own
+        spent = difference(self.cpu, cpu_seconds(self.pid))
+        return {"rate": events / seconds, "busy": own / seconds, "events": events,
+                "seconds": seconds, "server_busy": None if spent is None else spent / seconds,
+                "cpu_us": None if spent is None else spent * 1e6 / max(events, 1)}
+
+
+def upgrades(port: int, secret: str, count: int, may: str = "read") -> list[bytes]:
+    """Build the handshakes of that many clients that may read, or write, the channel."""
+    read, write = ([CHANNEL], []) if may == "read" else ([], [CHANNEL])
+    return [encode_upgrade(port, encode_token(secret, read, write)) for _ in range(count)]
+
+
+def load_messages(load: Load, port: int, pid: int, secret: str, seconds: float) -> dict[str, Any]:
+    """Publish and receive; `most` is cut for short runs, as encoding takes its time as well."""
+    load = dataclasses.replace(load, most=max(load.least, int(load.most * min(seconds, 1))))
+    frames = [encode_messages(load, number, load.most) for number in range(load.publishers)]
+    stalled = [finish_handshake(start_handshake(port, request, receive_buffer=4096))
+               for request in upgrades(port, secret, load.stalled)]
+    subscribers = connect_all(port, upgrades(port, secret, load.subscribers))
+    publishers = connect_all(port, upgrades(port, secret, load.publishers, "write"))
+    time.sleep(0.1)  # a server may answer a handshake a moment before it takes the subscriber in
+    exchange = Exchange(load, [Publisher(sock, text, load.most)
+                               for sock, text in zip(publishers, frames)], subscribers)
+    gc.disable()
+    exchange.run(seconds / 8, 0, load.most // 8)  # to warm up
+    exchange.latencies.clear()
+    meter, memory = Meter(pid), resident_kib(pid)
+    messages = exchange.run(seconds, load.least, load.most)
+    result: dict[str, Any] = meter.read(messages * load.subscribers)
+    result.update(latencies_ms(exchange.latencies))
+    result["grown_kib"] = difference(memory, resident_kib(pid))
+    exchange.check_silence()
+    if stalled:
+        result["note"] = "stalled one " + ("dropped" if was_dropped(stalled[0]) else "kept")
+    close_all(stalled + subscribers + publishers)
+    return result
+
+
+def latencies_ms(latencies: list[float]) -> dict[str, float | None]:
+    """Return median and 99th percentile in milliseconds, by nearest rank."""
+    ordered = sorted(latencies)
+    return {name: 1e3 * ordered[int((len(ordered) - 1) * share)] if ordered else None
+            for name, share in (("p50", 0.5), ("p99", 0.99))}
+
+
+def was_dropped(sock: socket.socket) -> bool:
+    """Read what waits for a subscriber that never read, to see whether the end is behind it."""
+    end = time.monotonic() + 2
+    sock.settimeout(0.3)
+    with contextlib.suppress(socket.timeout):
+        while time.monotonic() < end:
+            try:
+                if not sock.recv(1 << 20):
+                    return True
+            except ConnectionError:
+                return True
+    return False
+
+
+def load_connections(load: Load, port: int, pid: int, secret: str,
+                     seconds: float) -> dict[str, Any]:
+    """Open connections, and keep them, for some seconds."""
+    requests = upgrades(port, secret, fitting(load.most))
+    first = connect_all(port, requests[:AT_ONCE])  # to warm up
+    meter = Meter(pid)
+    end = meter.start + seconds
+    in_time = itertools.takewhile(lambda _: time.perf_counter() < end, requests[AT_ONCE:])
+    connections = connect_all(port, in_time)
+    result = meter.read(len(connections))
+    close_all(first + connections)
+    return result
+
+
+def load_memory(load: Load, port: int, pid: int, secret: str, seconds: float) -> dict[str, Any]:
+    """Open connections that then do nothing, and see how much memory the server has taken."""
+    count = fitting(load.most)
+    first = connect_all(port, upgrades(port, secret, 1))  # what a first client makes it import
+    before = settled_kib(pid)
+    requests = upgrades(port, secret, count)
+    meter = Meter(pid)
+    connections = connect_all(port, requests)
+    result: dict[str, Any] = meter.read(count)
+    grown = difference(before, settled_kib(pid))
+    result["kib"] = None if grown is None else grown / count
+    if count < load.most:
+        result["note"] = f"only {count:,} connections: the limit of open files allows no more"
+    poller, wait = open_poller()
+    for sock in connections:
+        poller.register(sock.fileno(), READ)
+    for fd, _ in wait(0):
+        sock = next(sock for sock in connections if sock.fileno() == fd)
+        if not sock.recv(4096)[:1] == b"\x89":  # a ping
+            raise LoadFailed("the server did not keep all connections")
+    close_all(first + connections)
+    return result
+
+
+def settled_kib(pid: int) -> int | None:
+    """Return the resident memory as soon as it stays within 1 % for a while, or after 3 s."""
+    last = None
+    for _ in range(15):
+        time.sleep(0.2)
+        now = resident_kib(pid)
+        if now is None or last is not None and abs(now - last) <= last / 100:
+            return now
+        last = now
+    return last
+
+
+def fitting(connections: int) -> int:
+    """Cut a number of connections to what a process may open; the server has the same limit."""
+    import resource
+    return min(connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100)
+
+
+def run_load(name: str, port: str, pid: str, seconds: str) -> int:
+    """Make one load and print its result, or why it failed, as one line of JSON."""
+    load = LOADS[name]
+    work = {"messages": load_messages, "connections": load_connections, "memory": load_memory}
+    try:
+        result = work[load.kind](load, int(port), int(pid), os.environ["SECRET"], float(seconds))
+    except LoadFailed as error:
+        result = {"failed": str(error)}
+    except OSError as error:
+        result = {"failed": f"connection: {error.strerror or error}"}
+    print(json.dumps(result))
+    return 0
+
+
+# ------------------------------------------------------------------------------------------- peers
+# The same service, as one would write it with a library: its documentation's way of authenticating
+# and of broadcasting, on plain asyncio. The imports stand in the functions: nobody needs a peer's
+# package who measures without it, and a load process starts sooner.
+
+def decode_access_key(token: str, secret: str) -> tuple[list[str], list[str]]:
+    """Return the channels that may be read and written. Raises jwt.PyJWTError or KeyError."""
+    import jwt
+    claims = jwt.decode(token, secret, algorithms=["HS256"])
+    return claims["read"], claims["write"]
+
+
+def decode_message(text: str, writable: Iterable[str]) -> tuple[str, str] | None:
+    """Return channel and data of a client's message, None where it may not be published."""
+    try:
+        message = json.loads(text)
+        channel, data = message["channel"], message["data"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return (channel, data) if channel in writable else None
+
+
+def encode_message(issuer: str, channel: str, data: str) -> str:
+    """Build what the subscribers get."""
+    return json.dumps({"issuer": issuer, "channel": channel, "data": data})
+
+
+async def serve_websockets(port: int, secret: str) -> None:
+    """Serve with the `websockets` library and its broadcast()."""
+    from urllib.parse import parse_qs, urlsplit
+
+    import jwt
+    from websockets.asyncio.server import ServerConnection, broadcast, serve
+    from websockets.http11 import Request, Response
+
+    readers: dict[str, set[ServerConnection]] = {}
+
+    def authenticate(connection: Any, request: Request) -> Response | None:
+        query = parse_qs(urlsplit(request.path).query)
+        try:
+            connection.access_key = decode_access_key(query["auth"][0], secret)
+        except (jwt.PyJWTError, KeyError):
+            return connection.respond(401, "a valid token is needed\n")
+        return None
+
+    async def handle(connection: Any) -> None:
+        issuer, (readable, writable) = str(uuid.uuid4()), connection.access_key
+        for channel in readable:
+            readers.setdefault(channel, set()).add(connection)
+        try:
+            async for text in connection:
+                if message := decode_message(text, writable):
+                    others = readers.get(message[0], set()) - {connection}
+                    broadcast(others, encode_message(issuer, *message))
+                else:
+                    await connection.send('{"error": "forbidden"}')
+        finally:
+            for channel in readable:
+                readers[channel].discard(connection)
+
+    async with serve(handle, "127.0.0.1", port, process_request=authenticate,
+                     compression=None, ping_interval=None) as server:
+        await server.serve_forever()
+
+
+async def serve_aiohttp(port: int, secret: str) -> None:
+    """Serve with aiohttp; each send is awaited in turn, as in its documentation's examples."""
+    import asyncio
+
+    import jwt
+    from aiohttp import WSMsgType, web
+
+    readers: dict[str, set[web.WebSocketResponse]] = {}
+
+    async def handle(request: web.Request) -> web.WebSocketResponse:
+        try:
+            readable, writable = decode_access_key(request.query["auth"], secret)
+        except (jwt.PyJWTError, KeyError):
+            raise web.HTTPUnauthorized() from None
+        issuer, websocket = str(uuid.uuid4()), web.WebSocketResponse(compress=False)
+        await websocket.prepare(request)
+        for channel in readable:
+            readers.setdefault(channel, set()).add(websocket)
+        try:
+            async for received in websocket:
+                if received.type != WSMsgType.TEXT:
+                    continue
+                if message := decode_message(received.data, writable):
+                    text = encode_message(issuer, *message)
+                    for reader in readers.get(message[0], set()) - {websocket}:
+                        with contextlib.suppress(ConnectionResetError):
+                            await reader.send_str(text)
+                else:
+                    await websocket.send_str('{"error": "forbidden"}')
+        finally:
+            for channel in readable:
+                readers[channel].discard(websocket)
+        return websocket
+
+    app = web.Application()
+    app.router.add_get("/", handle)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    await asyncio.Event().wait()
+
+
+PEERS: dict[str, Callable[[int, str], Any]] = {
+    "websockets": serve_websockets, "aiohttp": serve_aiohttp}
+
+
+def serve_peer(name: str) -> int:
+    """Serve until the process is ended."""
+    import asyncio
+    asyncio.run(PEERS[name](int(os.environ["PORT"]), os.environ["SECRET"]))
+    return 0
+
+
+# ----------------------------------------------------------------------------------------- servers
+# Starting and ending a server process. Each one started here is ended here, and nothing else is.
+
+class NoServer(Exception):
+    """A server does not start; the message says why in one line."""
+
+
+@dataclasses.dataclass
+class Server:
+    """One of the servers that are compared."""
+
+    name: str
+    command: list[str]
+    whole_environ: bool = False     # a --peer may need what stands in ours
+    is_philote: bool = False
+    down: str = ""                  # why it was left out, once it did not start
+
+    def environ(self, port: int, secret: str) -> dict[str, str]:
+        """Return its environment; settings of the caller's own must not reach Philote."""
+        kept = {name: value for name, value in os.environ.items() if self.whole_environ
+                or name.startswith("PYTHON") or name in ("PATH", "HOME", "LANG", "TMPDIR")}
+        return {**kept, "PORT": str(port), "SECRET": secret, "LOGLEVEL": "error",
+                "MAX_CONNECTIONS": "20000"}
+
+    def is_serving(self, port: int) -> bool:
+        """Ask Philote for its health; of a peer it is enough that it accepts a connection."""
+        try:
+            if not self.is_philote:
+                socket.create_connection(("127.0.0.1", port), timeout=1).close()
+                return True
+            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
+            with contextlib.closing(connection):
+                connection.request("GET", "/health")
+                return connection.getresponse().status == 200
+        except (OSError, http.client.HTTPException):
+            return False
+
+
+def free_port() -> int:
+    """Ask the system for a port that nobody uses."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+@contextlib.contextmanager
+def running(server: Server, secret: str) -> Iterator[tuple[int, int]]:
+    """Run a server; yields its port and process id. Raises NoServer where it does not start."""
+    port = free_port()
+    with tempfile.TemporaryFile() as errors:
+        try:
+            process = subprocess.Popen(server.command, stdin=subprocess.DEVNULL,
+                                       stdout=subprocess.DEVNULL, stderr=errors,
+                                       env=server.environ(port, secret), start_new_session=True)
+        except OSError as error:
+            raise NoServer(f"{server.command[0]}: {error.strerror}") from None
+        try:
+            await_serving(server, process, port, errors)
+            yield port, process.pid
+        finally:
+            end_process(process)
+
+
+def await_serving(server: Server, process: subprocess.Popen[bytes], port: int,
+                  errors: Any, limit: float = 10) -> None:
+    """Wait until the server serves. Raises NoServer with the last line it wrote to stderr."""
+    end = time.monotonic() + limit
+    while not server.is_serving(port):
+        late = time.monotonic() > end
+        if late or process.poll() is not None:
+            errors.seek(0)
+            last = (errors.read().decode(errors="replace").strip() or "no message").splitlines()[-1]
+            raise NoServer(f"not serving after {limit:.0f} s: {last}" if late else
+                           f"ended with status {process.returncode}: {last}")
+        time.sleep(0.02)
+
+
+def end_process(process: subprocess.Popen[Any]) -> None:
+    """End a process that was started here, by its id: politely, then for good."""
+    process.terminate()
+    try:
+        process.wait(timeout=1)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def own_servers() -> tuple[list[Server], list[str]]:
+    """Return Philote and the peers whose packages are there, and a line for each that is not."""
+    servers = [Server("philote", [sys.executable, str(HERE.with_name("philote.py"))],
+                      is_philote=True)]
+    missing = []
+    for name in PEERS:
+        lacking = [package for module, package in ((name, name), ("jwt", "PyJWT"))
+                   if importlib.util.find_spec(module) is None]
+        if lacking:
+            missing.append(f"{name} is left out; to have it: pip install {' '.join(lacking)}")
+        else:
+            servers.append(Server(name, [sys.executable, str(HERE), "serve-peer", name]))
+    return servers, missing
+
+
+# ------------------------------------------------------------------------------------------ rounds
+# The servers take turns in each round, so that what disturbs the machine disturbs them all alike.
+
+Rounds = list[dict[str, Any]]       # the results of one server on one load, a round each
+Results = dict[str, dict[str, Rounds]]  # by load and server
+
+
+def make_load(load: Load, port: int, pid: int, secret: str, seconds: float) -> dict[str, Any]:
+    """Run the load process; the result of one that fails has "failed" in it, and says why."""
+    command = [sys.executable, str(HERE), "run-load", load.name, str(port), str(pid), str(seconds)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env={**os.environ, "SECRET": secret}, start_new_session=True)
+    try:
+        output, errors = process.communicate(timeout=seconds + 60)
+    except subprocess.TimeoutExpired:
+        return {"failed": "the load did not end in time"}
+    finally:
+        end_process(process)
+    if process.returncode:
+        last = (errors.strip() or "no message").splitlines()[-1]
+        return {"failed": f"the load process ended with status {process.returncode}: {last}"}
+    return json.loads(output)
+
+
+def measure(server: Server, load: Load, secret: str, seconds: float) -> dict[str, Any]:
+    """Run one load on a fresh server."""
+    try:
+        with running(server, secret) as (port, pid):
+            return make_load(load, port, pid, secret, seconds)
+    except NoServer as error:
+        server.down = str(error)
+        return {"failed": "did not start"}
+
+
+def measure_all(loads: list[Load], servers: list[Server], rounds: int, seconds: float,
+                progress: Progress) -> Results:
+    """Run every load, round by round, on the servers in turn; a failed row is not tried again."""
+    secret = os.urandom(32).hex()
+    results: Results = {load.name: {server.name: [] for server in servers} for load in loads}
+    for load in loads:
+        for number in range(rounds):
+            for server in servers:
+                row = results[load.name][server.name]
+                if server.down or row and "failed" in row[-1]:
+                    continue
+                progress.show(f"{load.title}: round {number + 1} of {rounds}, {server.name}")
+                row.append(measure(server, load, secret, seconds))
+                if server.down:
+                    progress.say(f"{server.name} does not start: {server.down}")
+        progress.done(load.title)
+    return results
+
+
+class Progress:
+    """A line per load on stderr: rewritten in place on a terminal, else written when it is done."""
+
+    def __init__(self, loads: int) -> None:
+        self._in_place = sys.stderr.isatty()
+        self._loads, self._done, self._start = loads, 0, time.monotonic()
+
+    def show(self, text: str) -> None:
+        if self._in_place:
+            print(f"\r\x1b[K[{self._done + 1}/{self._loads}] {text}", end="", file=sys.stderr,
+                  flush=True)
+
+    def say(self, text: str) -> None:
+        print(("\r\x1b[K" if self._in_place else "") + text, file=sys.stderr, flush=True)
+
+    def done(self, text: str) -> None:
+        self._done += 1
+        passed = time.monotonic() - self._start
+        self.say(f"[{self._done}/{self._loads}] {text}: done, {passed:.0f} s in all")
+
+
+# ------------------------------------------------------------------------------------------ table
+# From raw rounds to what is printed: the median of each figure with its range.
+
+Spread = tuple[float, float, float]     # median, least, most
+
+
+def spread(values: Iterable[float | None]) -> Spread | None:
+    """Return median, least and most; None if there is nothing or something was not measured."""
+    given = list(values)
+    numbers = [value for value in given if value is not None]
+    if not given or len(numbers) < len(given):
+        return None
+    return statistics.median(numbers), min(numbers), max(numbers)
+
+
+def figure(rounds: Rounds, key: str) -> Spread | None:
+    """Return one figure of a row; None where the row failed or does not have it."""
+    if any("failed" in result for result in rounds):
+        return None
+    return spread(result.get(key) for result in rounds)
+
+
+def ratio(load: Load, ours: Rounds, theirs: Rounds) -> Spread | None:
+    """Return Philote's figure over a peer's, taken round by round."""
+    if figure(ours, load.figure) is None or figure(theirs, load.figure) is None:
+        return None
+    return spread(our[load.figure] / their[load.figure] for our, their in zip(ours, theirs))
+
+
+def short(number: float) -> str:
+    """Write a number with three digits: 1.23, 12.3, 123, 1,230, 12.3k, 123k."""
+    for limit, text in ((9.995, "{:.2f}"), (99.95, "{:.1f}"), (9999.5, "{:,.0f}")):
+        if abs(number) < limit:
+            return text.format(number)
+    return f"{number / 1e3:.1f}k" if number < 99_950 else f"{number / 1e3:,.0f}k"
+
+
+def shown(values: Spread | None, absent: str = "-", unit: str = "") -> str:
+    """Write a median with its range, if there was more than one round."""
+    if values is None:
+        return absent
+    median, least, most = values
+    return short(median) + unit + (f" ({short(least)}-{short(most)})" if least < most else "")
+
+
+_COLUMNS = "  {:<12}{:<21}{:<20}{:<20}{:<20}{:>9}  {}"
+
+
+def table_of(loads: list[Load], servers: list[Server], results: Results) -> str:
+    """Lay out the whole report: a block per load, a line per server."""
+    lines = [_COLUMNS.format("", "", "p50 ms", "p99 ms", "server CPU us", "busy %", "philote/peer")]
+    for load in loads:
+        lines += ["", f"{load.title} ({load.unit})"]
+        rows = results[load.name]
+        for server in servers:
+            if rows[server.name]:
+                lines.append(line_of(load, server.name, rows).rstrip())
+    busy = any(is_limit(rounds) for rows in results.values() for rounds in rows.values())
+    lines += ["", "Median (least-most). Server CPU: per delivery, or per connection.",
+              "busy: server/load process, in % of a core. philote/peer: taken round by round."]
+    if busy:
+        lines += ["* The load process was at its limit, or near it: the server may be faster than",
+                  "  shown, unless it has filled a core as well."]
+    return "\n".join(lines)
+
+
+def line_of(load: Load, name: str, rows: dict[str, Rounds]) -> str:
+    """Write the line of one server."""
+    rounds = rows[name]
+    failed = next((result["failed"] for result in rounds if "failed" in result), None)
+    if failed:
+        return f"  {name:<12}FAILED: {failed}"
+    main = figure(rounds, "kib" if load.kind == "memory" else "rate")
+    compared = None if name == "philote" else ratio(load, rows.get("philote", []), rounds)
+    notes = sorted({result["note"] for result in rounds if "note" in result})
+    if load.stalled and (grown := figure(rounds, "grown_kib")):
+        notes.append(f"server grew by {short(grown[0])} KiB")
+    return _COLUMNS.format(
+        name, shown(main, "not measured"), shown(figure(rounds, "p50")),
+        shown(figure(rounds, "p99")), shown(figure(rounds, "cpu_us")),
+        busy_of(rounds, "server_busy") + "/" + busy_of(rounds, "busy")
+        + ("*" if is_limit(rounds) else " "),
+        shown(compared, "", "x") + "".join(f" [{note}]" for note in notes))
+
+
+def busy_of(rounds: Rounds, key: str) -> str:
+    """Write the median share of a core in percent."""
+    values = figure(rounds, key)
+    return f"{100 * values[0]:.0f}" if values else "-"
+
+
+def is_limit(rounds: Rounds) -> bool:
+    """Tell whether the load process was so busy that the row measures it."""
+    busy = figure(rounds, "busy")
+    return busy is not None and busy[0] >= BUSY
+
+
+def report_of(loads: list[Load], servers: list[Server], results: Results,
+              options: argparse.Namespace) -> dict[str, Any]:
+    """Return all that --json writes: the raw rounds and where they come from."""
+    packages = ("websockets", "aiohttp", "simple-websocket", "PyJWT", "wsproto")
+    return {
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "command": shlex.join(["python", *sys.argv]),
+        "python": f"{platform.python_implementation()} {platform.python_version()}",
+        "platform": platform.platform(), "machine": machine(), "cpu_count": os.cpu_count(),
+        "versions": {name: version_of(name) for name in packages},
+        "philote_sha256": checksum(HERE.with_name("philote.py")),
+        "rounds": options.rounds, "seconds": options.seconds,
+        "servers": {server.name: {"command": server.command, "down": server.down}
+                    for server in servers},
+        "loads": {load.name: {**dataclasses.asdict(load), "unit": load.unit,
+                              "rounds": results[load.name]} for load in loads},
+    }
+
+
+def machine() -> str:
+    """Return the processor's name, as far as the system tells it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def checksum(path: Path) -> str | None:
+    """Return a file's SHA-256, so that a report tells which Philote it speaks of."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else None
+
+
+def version_of(package: str) -> str | None:
+    """Return a package's version, None where it is not installed."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+# ------------------------------------------------------------------------------------------- plot
+# One panel for each unit: bars per load, a colour per server, whiskers from least to most.
+
+PANELS: tuple[tuple[str, str, Callable[[Load], bool]], ...] = (
+    ("deliveries/s, many subscribers", "rate",
+     lambda load: load.kind == "messages" and load.subscribers > 1),
+    ("messages/s, one subscriber", "rate",
+     lambda load: load.kind == "messages" and load.subscribers == 1),
+    ("connections accepted/s", "rate", lambda load: load.kind == "connections"),
+    ("median latency with 1 in flight, ms", "p50",
+     lambda load: load.kind == "messages" and load.window == 1),
+    ("server CPU per delivery, µs", "cpu_us", lambda load: load.kind == "messages"),
+    ("KiB per idle connection", "kib", lambda load: load.kind == "memory"),
+)
+
+
+def plot(path: str, loads: list[Load], servers: list[Server], results: Results,
+         caption: str) -> None:
+    """Draw the panels that have a load, one above the other, and save them; the suffix says how."""
+    from matplotlib.figure import Figure
+    panels = [(title, key, chosen) for title, key, belongs in PANELS
+              if (chosen := [load for load in loads if belongs(load)])]
+    heights = [len(chosen) * len(servers) + 1.5 for _, _, chosen in panels]
+    drawing = Figure(figsize=(9, 0.24 * sum(heights) + 0.8), layout="constrained")
+    grid = drawing.subplots(len(panels), 1, squeeze=False, height_ratios=heights)
+    for axes, (title, key, chosen) in zip(grid[:, 0], panels):
+        axes.set_title(title, loc="left", fontsize=10, fontweight="bold")
+        for place, server in enumerate(servers):
+            values = [figure(results[load.name][server.name], key) for load in chosen]
+            draw_bars(axes, values, place, len(servers), server.name)
+        axes.set_yticks(range(len(chosen)), [load.title for load in chosen], fontsize=9)
+        axes.set_ylim(len(chosen) - 0.5, -0.5)
+        axes.margins(x=0.16)
+        axes.set_xlim(left=0)
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.10g}")
+        axes.spines[["top", "right"]].set_visible(False)
+    drawing.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper right",
+                   ncols=len(servers), fontsize=9, frameon=False)
+    drawing.supxlabel(caption, fontsize=8)
+    drawing.savefig(path)
+
+
+def draw_bars(axes: Any, values: list[Spread | None], place: int, of: int, label: str) -> None:
+    """Draw one server's bars, one for each load, in its place within the groups."""
+    height = 0.8 / of
+    for number, value in enumerate(values):
+        y = number + (place - (of - 1) / 2) * height
+        median, least, most = value or (0, 0, 0)
+        axes.barh(y, median, 0.9 * height, color=f"C{place}",
+                  label=label if number == 0 else None,
+                  xerr=[[median - least], [most - median]] if least < most else None,
+                  error_kw={"elinewidth": 1, "capsize": 2})
+        axes.annotate(short(median) if value else "failed", (most, y), (4, 0), fontsize=8,
+                      textcoords="offset points", va="center")
+
+
+# ----------------------------------------------------------------------------------- command line
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line."""
+
+    def error(self, message: str) -> Any:
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def parse_peer(text: str) -> Server:
+    """Read NAME=COMMAND."""
+    name, _, command = text.partition("=")
+    try:
+        words = shlex.split(command)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: {error}") from None
+    if not name.strip() or not words:
+        raise argparse.ArgumentTypeError(f"{text!r} is not NAME=COMMAND")
+    return Server(name.strip(), words, whole_environ=True)
+
+
+def parse_loads(text: str) -> list[Load]:
+    """Read names of loads, with commas between."""
+    names = [name.strip() for name in text.split(",")]
+    if unknown := [name for name in names if name not in LOADS]:
+        raise argparse.ArgumentTypeError(
+            f"there is no load {unknown[0]!r}; there are {', '.join(LOADS)}")
+    return [LOADS[name] for name in dict.fromkeys(names)]
+
+
+def parse_rounds(text: str) -> int:
+    """Read a number of rounds."""
+    if not text.isdecimal() or not 1 <= int(text) <= 1000:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 to 1000")
+    return int(text)
+
+
+def parse_output(text: str) -> str:
+    """Take the path of a file that can be written, as one would not like to learn at the end."""
+    folder = Path(text).absolute().parent
+    existing = Path(text) if Path(text).exists() else folder
+    if Path(text).is_dir() or not os.access(existing, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
+    return text
+
+
+def parse_picture(text: str) -> str:
+    """Take the path of a picture in a format that matplotlib writes."""
+    if Path(text).suffix not in (".svg", ".png", ".pdf"):
+        raise argparse.ArgumentTypeError(f"{text!r} ends neither in .svg nor in .png or .pdf")
+    return parse_output(text)
+
+
+def parse_arguments(arguments: list[str]) -> argparse.Namespace:
+    """Read the command line; whatever is wrong with it ends the process with status 2."""
+    parser = Parser(prog="bench_philote.py", description=(__doc__ or "").splitlines()[0],
+                    epilog=f"loads: {', '.join(LOADS)}")
+    parser.add_argument("--quick", action="store_true",
+                        help="about half a minute: one round, short loads, no 10,000 connections")
+    parser.add_argument("--rounds", type=parse_rounds, metavar="N",
+                        help="how many rounds (default: 5; with --quick 1)")
+    parser.add_argument("--loads", type=parse_loads, metavar="A,B", help="only these loads")
+    parser.add_argument("--peer", type=parse_peer, action="append", default=[], dest="peers",
+                        metavar="NAME=COMMAND",
+                        help="another server that speaks the protocol; started without a shell")
+    parser.add_argument("--json", type=parse_output, metavar="FILE", help="write all raw rounds")
+    parser.add_argument("--plot", type=parse_picture, metavar="FILE.svg", help="draw the bars")
+    options = parser.parse_args(arguments)
+    if options.plot and importlib.util.find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install matplotlib")
+    names = ["philote", *PEERS, *(peer.name for peer in options.peers)]
+    if len(set(names)) < len(names):
+        parser.error(f"a --peer needs a name of its own, other than {', '.join(PEERS)}")
+    options.seconds = 0.3 if options.quick else 1.2
+    options.rounds = options.rounds or (1 if options.quick else 5)
+    every = [load for load in LOADS.values() if not options.quick or load.name != "idle-10000"]
+    options.loads = options.loads or every
+    return options
+
+
+def raise_file_limit() -> None:
+    """Allow this process, and the servers and loads it starts, as many open files as it may."""
+    import resource
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 20_000 if hard == resource.RLIM_INFINITY else min(hard, 20_000)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        with contextlib.suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def summary(options: argparse.Namespace) -> str:
+    """Say in one line what was run where."""
+    rounds = f"{options.rounds} round{'s' if options.rounds > 1 else ''}"
+    few = ", fewer than the five that make a figure" if options.rounds < 5 else ""
+    return (f"{rounds} of {options.seconds} s{few}; {machine()}, {os.cpu_count()} cores, "
+            f"{platform.python_implementation()} {platform.python_version()}, "
+            f"{datetime.date.today()}")
+
+
+def compare(options: argparse.Namespace) -> int:
+    """Run everything, and report; returns the exit status, 1 if a server did not start."""
+    servers, missing = own_servers()
+    servers += options.peers
+    print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr, flush=True)
+    raise_file_limit()
+    results = measure_all(options.loads, servers, options.rounds, options.seconds,
+                          Progress(len(options.loads)))
+    print(summary(options) + "\n\n" + table_of(options.loads, servers, results), flush=True)
+    if options.json:
+        report = report_of(options.loads, servers, results, options)
+        Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        plot(options.plot, options.loads, servers, results, summary(options))
+    return 1 if any(server.down for server in servers) else 0
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line, or the part of it that another process of this file asked for."""
+    inner: dict[str, Callable[..., int]] = {"run-load": run_load, "serve-peer": serve_peer}
+    if arguments and arguments[0] in inner:
+        return inner[arguments[0]](*arguments[1:])
+    options = parse_arguments(arguments)
+    # A polite end must end the servers as well: SIGTERM becomes an exception, as SIGINT is one.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        return compare(options)
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
