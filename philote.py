@@ -693,7 +693,7 @@ class Keeper(threading.Thread):
         """End the thread, and wait for it."""
         self.stopped = True
         self._wake()
-        self.join()
+        self.join(1)
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):
@@ -768,6 +768,7 @@ class Peer:
     # Counted by its own thread alone.
     received = published = delivered = bytes_received = bad_messages = forbidden = 0
     busy = False  # whether its own thread is handling something that it read
+    patience = 0.0  # until when the last bytes may take to be written
 
     def __init__(self, server: Server, queue: WriterQueue, address: str) -> None:
         self.number = next(_numbers)
@@ -793,15 +794,25 @@ class Peer:
 
     def look(self, now: float) -> float | None:
         """See what is due; return when to look again. The keeper's thread."""
+        if not self.queue.finished:
+            return self.watch(now)
+        if self.queue.size and now < self.patience:
+            return min(now + CLOSING_TIME, self.patience)
+        self.queue.abort()
+        return None
+
+    def watch(self, now: float) -> float | None:
+        """See what is due on a connection that is open; return when to look again."""
         raise NotImplementedError
 
-    def finish(self, last: bytes, discard: bool = False, by: float | None = None) -> None:
+    def finish(self, last: bytes, discard: bool = False, patience: float = 0.0) -> None:
         """Write what is queued and then `last`, and see to the connection's end. Any thread.
 
-        It ends by the point in time `by` at the latest.
+        The peer has CLOSING_TIME to read it, and longer while it has not, until `patience`.
         """
+        self.patience = patience
         self.queue.finish(last, discard)
-        self.queue.keeper.look_at(self, by or time.monotonic() + CLOSING_TIME)
+        self.queue.keeper.look_at(self, time.monotonic() + CLOSING_TIME)
 
 
 class Subscriber(Peer):
@@ -832,11 +843,8 @@ class Subscriber(Peer):
         expires = self.key.expires
         return math.inf if expires is None else time.monotonic() + max(0.0, expires - time.time())
 
-    def look(self, now: float) -> float | None:
-        """End a connection whose token expired or closing time is up, else see to its heartbeat."""
-        if self.queue.finished:
-            self.queue.abort()
-            return None
+    def watch(self, now: float) -> float | None:
+        """End the connection if its token expired, else see to its heartbeat."""
         expiry = self._expiry()
         if expiry <= now:
             log.info("%s %s: the token expired", self.address, self.id)
@@ -854,10 +862,10 @@ class Subscriber(Peer):
         """Encode the end of the connection."""
         raise NotImplementedError
 
-    def end(self, code: int, reason: str, discard: bool = False, by: float | None = None) -> None:
+    def end(self, code: int, reason: str, discard: bool = False, patience: float = 0.0) -> None:
         """Take the connection out of its channels and begin to close it. Any thread."""
         self.server.leave(self)
-        self.finish(self.farewell(code, reason), discard, by)
+        self.finish(self.farewell(code, reason), discard, patience)
 
     def drop_slow(self) -> None:
         """Disconnect a subscriber whose queue grew over its limit. The publisher's thread."""
@@ -1401,11 +1409,8 @@ class RequestHandler(Peer):
 
     # The keeper's thread
 
-    def look(self, now: float) -> float | None:
-        """End the connection when a request took too long to come, or its time to close is up."""
-        if self.queue.finished:
-            self.queue.abort()
-            return None
+    def watch(self, now: float) -> float | None:
+        """End the connection when a request takes too long to come."""
         if self.busy or now < self.deadline:
             return max(self.deadline, now + 1)
         late = HTTPError(
@@ -1922,21 +1927,23 @@ class Server(socketserver.ThreadingTCPServer):
         """
         if self.stopping.is_set():
             return
-        deadline = time.monotonic() + (
-            self.settings.shutdown_timeout if timeout is None else timeout)
+        if timeout is None:
+            timeout = self.settings.shutdown_timeout
+        deadline = time.monotonic() + timeout
+        patience = deadline - min(1, timeout / 5)  # leaves time to cut what is left
         self.stopping.set()  # from now on, whatever is read is dropped
         self.shutdown()
         self.server_close()
-        _wait_until(lambda: not any(peer.busy for peer in self._peers()), deadline)
+        _wait_until(lambda: not any(peer.busy for peer in self._peers()), patience)
         for peer in self._peers():
             if isinstance(peer, Subscriber):
-                peer.end(GOING_AWAY, "server is shutting down", by=deadline)
-            elif not peer.busy:
-                peer.finish(b"", by=deadline)
-        _wait_until(lambda: not self._peers(), deadline)
+                peer.end(GOING_AWAY, "server is shutting down", patience=patience)
+            elif not peer.queue.finished:
+                peer.finish(b"", patience=patience)
+        _wait_until(lambda: not self._peers(), patience)
         for peer in self._peers():
             peer.queue.abort()
-        _wait_until(lambda: not self._peers(), time.monotonic() + 1)
+        _wait_until(lambda: not self._peers(), deadline)
         self.keeper.stop()
         if self.reserve is not None:
             os.close(self.reserve)

@@ -1212,17 +1212,19 @@ def test_stopping_loses_no_message_that_anybody_has_seen(full):
                     for n in itertools.count():
                         writer.publish("a", f"{name} {n}")
 
-            seen = [[] for _ in readers]
-
-            def read(reader, into):
+            def read(client, into):
                 with contextlib.suppress(OSError):
-                    into.extend(json.loads(p)["data"] for o, p in iter(reader.read_frame, None) if o == 1)
+                    into.extend(json.loads(p)["data"] for o, p in iter(client.read_frame, None)
+                                if o == 1)
+                client.sock.shutdown(socket.SHUT_RDWR)
 
-            threads = [threading.Thread(target=read, args=pair) for pair in zip(readers, seen)]
+            seen = [[] for _ in readers]
+            threads = [threading.Thread(target=read, args=pair) for pair in zip(
+                (*readers, *writers), (*seen, *([] for _ in writers)))]
             threads += [threading.Thread(target=publish, args=(w, i)) for i, w in enumerate(writers)]
             for thread in threads:
                 thread.start()
-            wait_until(lambda: server.statistics()[0]["published"] > 9000)
+            wait_until(lambda: server.statistics()[0]["published"] > 9000, "9,000 messages")
             published = server.statistics()[0]["published"]
             server.stop()
             for thread in threads:
