@@ -19,13 +19,13 @@ connection writes to a channel, every other connection that may read it receives
 The way of a message. One thread, that of the publisher's connection, walks all of it; nobody hands
 over to anybody:
 
-    socket -> FrameReader -> decode_message -> heads (may it write?)
-           -> ChannelRegistry -> WriterQueues -> sockets
+    socket -> SocketAdapter, read_frames -> WebSocket.receive (JSON, access key)
+           -> Batch, ChannelRegistry.publish -> WriterQueue of each subscriber -> sockets
 
 There are three kinds of thread:
 
     accept      Server.serve_forever: accepts, starts a thread per connection
-    connection  RequestHandler.handle: reads a request, answers it, and where it is an upgrade
+    connection  RequestHandler.run: reads a request, answers it, and where it is an upgrade
                 becomes WebSocket.run: reads frames, publishes messages, writes them to the
                 subscribers' sockets
     keeper      Keeper.run: writes to the sockets that were full, and looks at each connection
@@ -36,7 +36,7 @@ Left out on purpose: storage and replay of messages, TLS (a proxy does that), co
 cost each connection some 300 KB and each message its shared frame), clusters of servers, Windows.
 
 The sections, in the order of a message's way: settings, access keys, messages, frames, writer
-queues, channel registry, connections, HTTP requests, server, client, command line.
+queues, connections, channel registry, HTTP requests, server, client, command line.
 """
 
 from __future__ import annotations
@@ -488,7 +488,7 @@ class WriterQueue:
     """A socket with a queue in front. All writing to the socket and its closing are done here."""
 
     __slots__ = ("sock", "keeper", "limit", "on_overflow", "pending", "writing", "unsent", "size",
-                 "sent", "full", "finished", "closed", "__weakref__")
+                 "sent", "full", "overflowed", "finished", "closed")
 
     def __init__(self, sock: socket.socket, keeper: Keeper, limit: int) -> None:
         self.sock = sock
@@ -503,6 +503,7 @@ class WriterQueue:
         self.size = 0  # bytes in unsent
         self.sent = 0  # bytes written so far
         self.full = False  # the socket took no more; the keeper waits for it
+        self.overflowed = False  # more than the limit has waited
         self.finished = False  # what is in unsent is the last to be written
         self.closed = False
 
@@ -576,7 +577,7 @@ class WriterQueue:
     # The holder of `writing`
 
     def _write(self) -> bool:
-        # Returns whether too much is left.
+        # Returns whether this is the moment when too much is left.
         if self.unsent or self.finished:
             self._take()
             self._write_unsent()
@@ -598,8 +599,10 @@ class WriterQueue:
             self.size = len(data) - sent
             self._wait_for_room()
         # The frame that is being written does not count, so that one message always fits.
-        return (not self.finished and self.size > self.limit
-                and self.size - len(self.unsent[0]) > self.limit)
+        if self.finished or self.overflowed or self.size - len(self.unsent[0]) <= self.limit:
+            return False
+        self.overflowed = True
+        return True
 
     def _take(self) -> None:
         for _ in range(len(self.pending)):
@@ -835,23 +838,22 @@ class Subscriber(Peer):
             # of an hour.
             self.queue.sock.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * interval))
-        if (due := min(time.monotonic() + interval, self._expiry())) < math.inf:
-            self.queue.keeper.look_at(self, due)
+        if (pause := min(interval, self._time_left())) < math.inf:
+            self.queue.keeper.look_at(self, time.monotonic() + pause)
 
-    def _expiry(self) -> float:
-        # On the monotonic clock, as of now: `exp` is the one time that is not.
-        expires = self.key.expires
-        return math.inf if expires is None else time.monotonic() + max(0.0, expires - time.time())
+    def _time_left(self) -> float:
+        # Until the token expires, in seconds: `exp` is the one time not on the monotonic clock.
+        return math.inf if self.key.expires is None else self.key.expires - time.time()
 
     def watch(self, now: float) -> float | None:
         """End the connection if its token expired, else see to its heartbeat."""
-        expiry = self._expiry()
-        if expiry <= now:
+        time_left = self._time_left()
+        if time_left <= 0:
             log.info("%s %s: the token expired", self.address, self.id)
             self.end(EXPIRED, "token expired")
             return None
         interval = self.server.settings.ping_interval
-        due = min(expiry, self.beat(now, interval) if interval else math.inf)
+        due = min(now + time_left, self.beat(now, interval) if interval else math.inf)
         return due if due < math.inf else None
 
     def beat(self, now: float, interval: float) -> float:
@@ -883,6 +885,7 @@ class WebSocket(Subscriber):
     """A WebSocket connection. simple-websocket runs the protocol, in the connection's thread."""
 
     encode = staticmethod(encode_text_frames)
+    busy = True  # with what came behind the request, at first
 
     def __init__(self, server: Server, queue: WriterQueue, address: str, key: AccessKey) -> None:
         super().__init__(server, queue, address, key)
@@ -1069,7 +1072,7 @@ class SocketAdapter:
         websocket.heard = time.monotonic()
         websocket.bytes_received += size
         if size == self.size:
-            self.size = min(4 * size, _LARGEST_READ)
+            self.size = max(min(4 * size, _LARGEST_READ), self.least)
         elif size < self.size >> 2:
             self.size = max(self.size >> 1, self.least)
         return data
@@ -1759,7 +1762,10 @@ class Server(socketserver.ThreadingTCPServer):
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread; where the system has none left, refuse it."""
-        self._add_stranger(request)
+        with self.lock:
+            oldest = self._add_stranger(request)
+        if oldest:
+            oldest.queue.abort()
         try:
             super().process_request(request, client_address)
         except RuntimeError as error:
@@ -1823,8 +1829,9 @@ class Server(socketserver.ThreadingTCPServer):
         """Take a subscriber out of its channels and the count; what is left of it is a stranger."""
         with self.lock:
             left = self.subscribers.pop(subscriber.number, None)
-        if left:
-            self._add_stranger(subscriber)
+            oldest = self._add_stranger(subscriber) if left else None
+        if oldest:
+            oldest.queue.abort()
         self.registry.leave(subscriber, subscriber.channels)
 
     def forget(self, peer: Peer) -> None:
@@ -1835,16 +1842,14 @@ class Server(socketserver.ThreadingTCPServer):
                 self._add(peer)
                 self.totals["bytes_sent"] += peer.queue.sent
 
-    def _add_stranger(self, peer: Peer) -> None:
-        oldest = None
-        with self.lock:
-            self.strangers[peer] = None
-            if len(self.strangers) > self.settings.max_strangers:
-                oldest = next(iter(self.strangers))
-                # It is on its way out; the next one to go is another.
-                self.strangers.move_to_end(oldest)
-        if oldest:
-            oldest.queue.abort()
+    def _add_stranger(self, peer: Peer) -> Peer | None:
+        # Returns the one that has to go for it. The lock is held.
+        self.strangers[peer] = None
+        if len(self.strangers) <= self.settings.max_strangers:
+            return None
+        oldest = next(iter(self.strangers))
+        self.strangers.move_to_end(oldest)  # it goes when its thread ends; the next is another
+        return oldest
 
     def _add(self, peer: Peer, totals: collections.Counter[str] | None = None) -> None:
         totals = self.totals if totals is None else totals
@@ -1938,8 +1943,9 @@ class Server(socketserver.ThreadingTCPServer):
         for peer in self._peers():
             if isinstance(peer, Subscriber):
                 peer.end(GOING_AWAY, "server is shutting down", patience=patience)
-            elif not peer.queue.finished:
-                peer.finish(b"", patience=patience)
+        _wait_until(lambda: not any(isinstance(p, Subscriber) for p in self._peers()), patience)
+        for peer in self._peers():
+            peer.finish(b"", patience=patience)
         _wait_until(lambda: not self._peers(), patience)
         for peer in self._peers():
             peer.queue.abort()
