@@ -210,6 +210,7 @@ class Settings:
 # read and write.
 
 MAX_TOKEN_SIZE = 8192  # bytes; a longer one is refused before any work is spent on it
+_END_OF_TIME = 253402300799  # the year 9999; a number far larger would fit no clock
 _ALGORITHMS = ["HS256", "HS384", "HS512"]
 _UNJUDGED: Any = {
     "verify_aud": False, "verify_iss": False, "verify_sub": False, "verify_jti": False,
@@ -266,9 +267,9 @@ def decode_token(token: str, secret: str) -> AccessKey:
     for name in ("exp", "nbf", "iat"):
         if name in claims and type(claims[name]) not in (int, float):
             raise TokenError(f"the token's claim {name} must be a number")
-    return AccessKey(
-        _channel_names(claims, "read"), _channel_names(claims, "write"), claims.get("exp"),
-        claims.get("api") is True)
+    expires = min(claims["exp"], _END_OF_TIME) if "exp" in claims else None
+    return AccessKey(_channel_names(claims, "read"), _channel_names(claims, "write"), expires,
+                     claims.get("api") is True)
 
 
 def _channel_names(claims: dict[str, Any], name: str) -> frozenset[str]:
@@ -648,6 +649,9 @@ class WriterQueue:
                 self.sock.shutdown(socket.SHUT_RDWR)
 
 
+_LONGEST_PAUSE = 3600  # seconds; selectors take no number of any size
+
+
 class Keeper(threading.Thread):
     """The one thread beside the connections': it waits for full sockets and for points in time."""
 
@@ -718,8 +722,8 @@ class Keeper(threading.Thread):
 
     def _wait_and_write(self) -> None:
         with self.lock:
-            pause = max(0, self.timers[0][0] - time.monotonic()) if self.timers else None
-        for key, _ in self.selector.select(pause):
+            pause = self.timers[0][0] - time.monotonic() if self.timers else _LONGEST_PAUSE
+        for key, _ in self.selector.select(max(0, min(pause, _LONGEST_PAUSE))):
             if key.data is None:
                 with contextlib.suppress(BlockingIOError):
                     self.alarm.recv(4096)

@@ -884,6 +884,15 @@ def test_a_token_that_expires_ends_its_connection_behind_what_was_queued(server,
         assert reader.read_frame() is None
 
 
+@pytest.mark.parametrize("expires", [2**40, 10**400, 1e308])
+def test_a_token_may_expire_in_any_distant_future(expires, caplog):
+    with running(ping_interval=0) as server, undisturbed(server, caplog):
+        token = jwt.api_jws.encode(json.dumps({"read": ["a"], "exp": expires}).encode(), SECRET)
+        with RawClient(server, token=token) as reader, RawClient(server, write=["a"]) as writer:
+            writer.publish("a", "x")
+            assert reader.receive()["data"] == "x"
+
+
 def test_a_connection_whose_token_expired_publishes_no_more(server):
     with RawClient(server, ["a"]) as reader, RawClient(server, write=["a"], exp=time.time() + 1) as writer:
         assert writer.read_close() == 4401
