@@ -738,9 +738,10 @@ class Keeper(threading.Thread):
     def _serve(self, queue: WriterQueue) -> None:
         with queue.writing:
             if queue.closed:
-                with contextlib.suppress(KeyError):
-                    self.selector.unregister(queue.sock)
-                queue.sock.close()
+                if queue.sock.fileno() >= 0:  # it may have been asked for twice
+                    with contextlib.suppress(KeyError):
+                        self.selector.unregister(queue.sock)
+                    queue.sock.close()
             elif queue.full:
                 self.selector.register(queue.sock, selectors.EVENT_WRITE, queue)
 

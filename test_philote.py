@@ -804,6 +804,27 @@ def test_the_keeper_looks_when_it_is_due_and_at_the_time_asked_for_last():
     assert early.looks[0] >= now + 0.02 and moved.looks[0] >= now + 0.15
 
 
+def test_a_socket_closed_before_the_keeper_could_watch_it_disturbs_no_other():
+    keeper = philote.Keeper()  # started only when two requests for one socket wait for it
+    pairs = [socket.socketpair() for _ in range(2)]
+    queues = [philote.WriterQueue(ours, keeper, 1 << 30) for ours, _ in pairs]
+    for queue in queues:
+        while not queue.full:
+            queue.put(b"x" * 100_000)
+            queue.flush()
+        if queue is queues[0]:
+            queue.close()
+    keeper.start()
+    pairs[1][1].settimeout(PATIENCE)
+    left = queues[1].sent + queues[1].size
+    while left:
+        left -= len(pairs[1][1].recv(1 << 20))
+    keeper.stop()
+    assert pairs[0][0].fileno() == -1 and queues[1].size == 0
+    for sock in (pairs[0][1], *pairs[1]):
+        sock.close()
+
+
 def test_the_keeper_outlives_an_error(caplog):
     keeper = philote.Keeper()
     keeper.start()
