@@ -1069,13 +1069,13 @@ class SocketAdapter:
             websocket.busy = False
             data = sock.recv(self.size)
             websocket.busy = True
+            websocket.bytes_received += len(data)
             if not data or queue.finished:
                 return b""
             if stopping.is_set():
                 data = b""
         size = len(data)
         websocket.heard = time.monotonic()
-        websocket.bytes_received += size
         if size == self.size:
             self.size = max(min(4 * size, _LARGEST_READ), self.least)
         elif size < self.size >> 2:
@@ -1413,6 +1413,7 @@ class RequestHandler(Peer):
         self.buffer = b""  # read, and not yet used
         self.deadline = time.monotonic() + REQUEST_TIME  # for the request under way
         self.unread = False  # whether it has a body that was not read
+        self.cors: dict[str, str] = {}  # what a browser is told about the answer to it
         self.subscriber: Subscriber | None = None  # what the connection became
 
     # The keeper's thread
@@ -1423,6 +1424,8 @@ class RequestHandler(Peer):
             return max(self.deadline, now + 1)
         late = HTTPError(
             408, f"a request must be complete within {REQUEST_TIME} seconds", "request_timeout")
+        if self.buffer:
+            self.server.refuse(self.address, late)
         self.finish(encode_response(408, late.body(), _CLOSE | _JSON) if self.buffer else b"")
         return None
 
@@ -1456,7 +1459,7 @@ class RequestHandler(Peer):
 
     def _serve_request(self) -> bool:
         # Returns whether another request may follow.
-        request = None
+        request, self.cors = None, {}
         try:
             head = self._read_head()
             if head is None:
@@ -1468,11 +1471,7 @@ class RequestHandler(Peer):
             return self._route(request)
         except HTTPError as error:
             self.server.refuse(self.address, error)
-            going_on = (
-                request is not None and not request.wants_upgrade and self._may_go_on(request))
-            self._respond(request, error.status, error.body(),
-                          {**_JSON, **({} if going_on else _CLOSE), **error.headers})
-            return going_on
+            return self._respond(request, error.status, error.body(), {**_JSON, **error.headers})
 
     def _read(self) -> bytes:
         self.queue.flush()
@@ -1481,17 +1480,18 @@ class RequestHandler(Peer):
         return b"" if self.queue.finished else data
 
     def _read_head(self) -> bytes | None:
-        while (end := self.buffer.find(b"\r\n\r\n")) < 0:
-            self.buffer = self.buffer.lstrip(b"\r\n")
-            if len(self.buffer) > MAX_HEAD_SIZE:
-                break
+        while True:
+            self.buffer = self.buffer.lstrip(b"\r\n")  # RFC 9112, section 2.2
             if self.buffer and not re.match(_TOKEN + b"( |$)", self.buffer):
                 raise HTTPError(400, "this is not HTTP/1.1")
+            end = self.buffer.find(b"\r\n\r\n")
+            if (end if end >= 0 else len(self.buffer)) > MAX_HEAD_SIZE:
+                raise HTTPError(431, f"the head of a request may have {MAX_HEAD_SIZE} bytes")
+            if end >= 0:
+                break
             if not (data := self._read()):
                 return None
             self.buffer += data
-        if not 0 <= end <= MAX_HEAD_SIZE:
-            raise HTTPError(431, f"the head of a request may have {MAX_HEAD_SIZE} bytes")
         self.busy = True
         head, self.buffer = self.buffer[:end], self.buffer[end + 4:]
         return head
@@ -1500,6 +1500,7 @@ class RequestHandler(Peer):
         length = request.headers.get("content-length")
         limit = self.server.settings.max_message_size
         if length is None or "transfer-encoding" in request.headers:
+            self.unread = True  # how much comes, nobody knows
             raise HTTPError(411, "a request with a body needs a Content-Length")
         if not re.fullmatch("[0-9]+", length):
             raise HTTPError(400, "Content-Length must be a number")
@@ -1523,40 +1524,35 @@ class RequestHandler(Peer):
         if methods is None:
             raise HTTPError(404, "there is nothing here")
         origin = self._check_origin(request)
-        cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"} if origin else {}
+        if origin:
+            self.cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
         allowed = ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
         if request.method == "OPTIONS":
-            cors |= {"Access-Control-Allow-Methods": allowed, "Access-Control-Max-Age": "600",
-                     "Access-Control-Allow-Headers": "Authorization, Content-Type"}
-            self._respond(request, 204, b"", {"Allow": allowed, **cors})
-            return self._may_go_on(request)
+            return self._respond(request, 204, b"", {
+                "Allow": allowed, "Access-Control-Allow-Methods": allowed,
+                "Access-Control-Allow-Headers": "Authorization, Content-Type",
+                "Access-Control-Max-Age": "600"})
         method = "GET" if request.method == "HEAD" else request.method
         if method not in methods:
-            raise HTTPError(
-                405, f"the methods here are {allowed}", headers={"Allow": allowed, **cors})
-        try:
-            return methods[method](self, request, cors)
-        except HTTPError as error:
-            error.headers = {**error.headers, **cors}
-            raise
-
-    def _may_go_on(self, request: Request) -> bool:
-        # A body that nobody read would be taken for the next request.
-        return request.keeps_alive and not self.unread
+            raise HTTPError(405, f"the methods here are {allowed}", headers={"Allow": allowed})
+        return methods[method](self, request)
 
     def _respond(self, request: Request | None, status: int, body: bytes,
-                 headers: Mapping[str, str]) -> None:
+                 headers: Mapping[str, str]) -> bool:
+        # Returns whether another request may follow. A body that nobody read would be taken for it.
+        going_on = bool(
+            request and request.keeps_alive and not request.wants_upgrade and not self.unread)
+        headers = {**headers, **self.cors}
+        if not going_on:
+            headers["Connection"] = ", ".join([*filter(None, [headers.get("Connection")]), "close"])
         if request and request.method == "HEAD":
             headers, body = {"Content-Length": str(len(body)), **headers}, b""
-        if request and not self._may_go_on(request):
-            headers = {**headers, **_CLOSE}
         self.queue.put(encode_response(status, body, headers))
         self.queue.flush()
+        return going_on
 
-    def _respond_json(self, request: Request, value: Any, headers: Mapping[str, str],
-                      status: int = 200) -> bool:
-        self._respond(request, status, json.dumps(value).encode() + b"\n", {**_JSON, **headers})
-        return self._may_go_on(request)
+    def _respond_json(self, request: Request, value: Any, status: int = 200) -> bool:
+        return self._respond(request, status, json.dumps(value).encode() + b"\n", _JSON)
 
     # Who may do what
 
@@ -1605,7 +1601,7 @@ class RequestHandler(Peer):
         websocket.open(request.headers["sec-websocket-key"], self.buffer)
         return self._become(websocket, websocket.key.read)
 
-    def _follow(self, request: Request, cors: Mapping[str, str]) -> bool:
+    def _follow(self, request: Request) -> bool:
         key = self._authorize(request)
         channels = frozenset(request.query.get("channel", key.read))
         if not channels <= key.read:
@@ -1616,7 +1612,7 @@ class RequestHandler(Peer):
             raise HTTPError(406, "this is a text/event-stream")
         head = encode_response(
             200, b"", {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
-                       "X-Accel-Buffering": "no", **_CLOSE, **cors}, whole=False)
+                       "X-Accel-Buffering": "no", **_CLOSE, **self.cors}, whole=False)
         if request.method == "HEAD":
             self.queue.put(head)
             return False
@@ -1638,7 +1634,7 @@ class RequestHandler(Peer):
         log.debug("%s %s: disconnected", self.address, subscriber.id)
         return False
 
-    def _publish(self, request: Request, cors: Mapping[str, str]) -> bool:
+    def _publish(self, request: Request) -> bool:
         key = self._authorize(request)
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         # The last of these is curl's default.
@@ -1655,7 +1651,7 @@ class RequestHandler(Peer):
             if channel not in key.write:
                 raise HTTPError(403, f"the token may not write the channel {_shown(channel)}")
         answers = self._publish_all(messages)
-        return self._respond_json(request, answers if isinstance(value, list) else answers[0], cors)
+        return self._respond_json(request, answers if isinstance(value, list) else answers[0])
 
     def _publish_all(self, messages: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
         if self.server.stopping.is_set():
@@ -1669,29 +1665,28 @@ class RequestHandler(Peer):
         batch.flush()
         return answers
 
-    def _health(self, request: Request, cors: Mapping[str, str]) -> bool:
+    def _health(self, request: Request) -> bool:
         stopping = self.server.stopping.is_set()
         return self._respond_json(
-            request, {"status": "stopping" if stopping else "ok"}, cors, 503 if stopping else 200)
+            request, {"status": "stopping" if stopping else "ok"}, 503 if stopping else 200)
 
-    def _info(self, request: Request, cors: Mapping[str, str]) -> bool:
+    def _info(self, request: Request) -> bool:
         self._authorize_api(request)
-        return self._respond_json(request, self.server.info(), cors)
+        return self._respond_json(request, self.server.info())
 
-    def _metrics(self, request: Request, cors: Mapping[str, str]) -> bool:
+    def _metrics(self, request: Request) -> bool:
         self._authorize_api(request)
         kind = {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"}
-        self._respond(request, 200, self.server.metrics().encode(), {**kind, **cors})
-        return self._may_go_on(request)
+        return self._respond(request, 200, self.server.metrics().encode(), kind)
 
-    def _ask_for_upgrade(self, request: Request, cors: Mapping[str, str]) -> bool:
+    def _ask_for_upgrade(self, request: Request) -> bool:
         raise HTTPError(426, "this is a WebSocket server",
-                        headers={"Upgrade": "websocket", "Connection": "Upgrade, close"})
+                        headers={"Upgrade": "websocket", "Connection": "Upgrade"})
 
 
 _CLOSE = {"Connection": "close"}
 _JSON = {"Content-Type": "application/json"}
-ROUTES: dict[str, dict[str, Callable[[RequestHandler, Request, Mapping[str, str]], bool]]] = {
+ROUTES: dict[str, dict[str, Callable[[RequestHandler, Request], bool]]] = {
     "/": {"GET": RequestHandler._ask_for_upgrade},
     "/api/publish": {"POST": RequestHandler._publish},
     "/api/events": {"GET": RequestHandler._follow},
