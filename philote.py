@@ -79,7 +79,9 @@ from typing import Any, NamedTuple, NoReturn
 try:
     import jwt
     import simple_websocket
+    import wsproto.events
     from wsproto.connection import Connection, ConnectionType
+    from wsproto.utilities import ProtocolError
 except ImportError as error:
     if __name__ != "__main__":
         raise
@@ -341,6 +343,8 @@ def check_message(value: Any) -> tuple[str, str]:
 
 
 def _shown(value: Any) -> str:
+    if isinstance(value, (dict, list)):  # may be large, or nested as deep as can be
+        return "an object" if isinstance(value, dict) else "a list"
     text = json.dumps(value)
     return text if len(text) <= 60 else text[:60] + "..."
 
@@ -443,7 +447,8 @@ def read_frames(max_message_size: int) -> Generator[str | bytes | None, bytes, N
         size = data[at + 1] & 0x7F if have >= 2 else 0
         head = 6 if size < 126 else 8 if size == 126 else 14
         if have < head - 4:
-            data, at = data[at:] + (yield None), 0
+            rest, data = data[at:], b""  # nothing big is held while it waits
+            data, at = rest + (yield None), 0
             continue
         first, second = data[at], data[at + 1]
         if size >= 126:
@@ -461,7 +466,7 @@ def read_frames(max_message_size: int) -> Generator[str | bytes | None, bytes, N
             buffer, end = bytearray(data[at:]), end - at
             while len(buffer) < end:
                 buffer += yield None
-            data, at = bytes(buffer), 0
+            data, at, buffer = bytes(buffer), 0, bytearray()
         if first == 0x80 | TEXT and not fragmented:
             body = at + head
             try:
@@ -549,6 +554,7 @@ class WriterQueue:
                 self.full = False
                 self._take()
                 self._write_unsent()
+        self.flush()  # what others left to the holder of the lock
 
     def abort(self) -> None:
         """Drop what waits and end the connection, which wakes the thread reading it. Any thread."""
@@ -582,6 +588,8 @@ class WriterQueue:
         if self.unsent or self.finished:
             self._take()
             self._write_unsent()
+        elif not self.pending:  # somebody else has written it meanwhile
+            return False
         else:
             data = self.pending.popleft()
             if self.pending:
@@ -682,9 +690,11 @@ class Keeper(threading.Thread):
             self.requests.append(queue)
         self._wake()
 
-    def look_at(self, peer: Peer, due: float) -> None:
+    def look_at(self, peer: Peer, due: float, unless_asked: bool = False) -> None:
         """Ask for peer.look() at a point of the monotonic clock, in place of any asked before."""
         with self.lock:
+            if peer.forgotten or (unless_asked and peer.number in self.peers):
+                return
             first = not self.timers or due < self.timers[0][0]
             self.peers[peer.number] = (due, peer)
             heapq.heappush(self.timers, (due, peer.number))
@@ -694,13 +704,18 @@ class Keeper(threading.Thread):
     def forget(self, peer: Peer) -> None:
         """Ask for no look() at a peer any more."""
         with self.lock:
+            peer.forgotten = True
             self.peers.pop(peer.number, None)
+            if len(self.timers) > 2 * len(self.peers) + 64:  # most are void by now
+                self.timers = [(due, number) for number, (due, _) in self.peers.items()]
+                heapq.heapify(self.timers)
 
     def stop(self) -> None:
         """End the thread, and wait for it."""
         self.stopped = True
         self._wake()
-        self.join(1)
+        if self.is_alive():
+            self.join(1)
 
     def _wake(self) -> None:
         with contextlib.suppress(OSError):
@@ -711,29 +726,37 @@ class Keeper(threading.Thread):
     def run(self) -> None:
         """Wait and work until stop()."""
         while not self.stopped:
-            try:
-                self._wait_and_write()
-                self._look_at_who_is_due()
-            except Exception:
-                log.exception("keeper: unexpected error")
+            with self.lock:
+                pause = self.timers[0][0] - time.monotonic() if self.timers else _LONGEST_PAUSE
+            self._resume_writable(max(0, min(pause, _LONGEST_PAUSE)))
+            self._serve_requests()
+            self._look_at_who_is_due()
+        self._serve_requests()
         self.selector.close()
         self.alarm.close()
         self.bell.close()
 
-    def _wait_and_write(self) -> None:
-        with self.lock:
-            pause = self.timers[0][0] - time.monotonic() if self.timers else _LONGEST_PAUSE
-        for key, _ in self.selector.select(max(0, min(pause, _LONGEST_PAUSE))):
+    def _resume_writable(self, pause: float) -> None:
+        for key, _ in self.selector.select(pause):
             if key.data is None:
                 with contextlib.suppress(BlockingIOError):
                     self.alarm.recv(4096)
             else:
                 self.selector.unregister(key.fileobj)
-                key.data.resume()
+                self._try(key.data.resume)
+
+    def _serve_requests(self) -> None:
         with self.lock:
             requests, self.requests = self.requests, []
         for queue in requests:
-            self._serve(queue)
+            self._try(self._serve, queue)
+
+    def _try(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        # Each piece of work begins here: an error in one must not cost the others their turn.
+        try:
+            return work(*arguments)
+        except Exception:
+            log.exception("keeper: unexpected error")
 
     def _serve(self, queue: WriterQueue) -> None:
         with queue.writing:
@@ -748,9 +771,9 @@ class Keeper(threading.Thread):
     def _look_at_who_is_due(self) -> None:
         now = time.monotonic()
         for peer in self._take_due(now):
-            again = peer.look(now)
+            again = self._try(peer.look, now)
             if again is not None:
-                self.look_at(peer, again)
+                self.look_at(peer, again, unless_asked=True)
 
     def _take_due(self, now: float) -> list[Peer]:
         due = []
@@ -767,6 +790,7 @@ class Keeper(threading.Thread):
 # that has not got so far: a number, a writer queue, counters, and the keeper's looks at them.
 
 CLOSING_TIME = 3  # seconds that a peer has to answer our end of the connection with its own
+_numbering = threading.Lock()  # guards _numbers
 _numbers = itertools.count(1)
 
 
@@ -776,10 +800,12 @@ class Peer:
     # Counted by its own thread alone.
     received = published = delivered = bytes_received = bad_messages = forbidden = 0
     busy = False  # whether its own thread is handling something that it read
+    forgotten = False  # whether the keeper looks at it no more; guarded by the keeper's lock
     patience = 0.0  # until when the last bytes may take to be written
 
     def __init__(self, server: Server, queue: WriterQueue, address: str) -> None:
-        self.number = next(_numbers)
+        with _numbering:
+            self.number = next(_numbers)
         self.server = server
         self.queue = queue
         self.address = address
@@ -833,7 +859,6 @@ class Subscriber(Peer):
         self.id = str(uuid.uuid4())
         self.key = key
         self.channels: Iterable[str] = ()  # what it joined
-        queue.on_overflow = self.drop_slow
 
     def first_look(self) -> None:
         """Begin with the heartbeats and the watch over the token's expiry."""
@@ -844,7 +869,7 @@ class Subscriber(Peer):
             self.queue.sock.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * interval))
         if (pause := min(interval, self._time_left())) < math.inf:
-            self.queue.keeper.look_at(self, time.monotonic() + pause)
+            self.queue.keeper.look_at(self, time.monotonic() + pause, unless_asked=True)
 
     def _time_left(self) -> float:
         # Until the token expires, in seconds: `exp` is the one time not on the monotonic clock.
@@ -1264,7 +1289,7 @@ REQUEST_TIME = 10  # seconds for a whole request, however its bytes drip
 MAX_HEAD_SIZE, MAX_HEADERS, MAX_TARGET_SIZE = 16384, 100, 8192
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/1\.([01])" % _TOKEN)
-_FIELD = re.compile(rb"(%b):[ \t]*([\t\x20-\x7e\x80-\xff]*?)[ \t]*" % _TOKEN)
+_FIELD = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
 
 
 class HTTPError(Exception):
@@ -1328,14 +1353,14 @@ def decode_request(head: bytes) -> Request:
         match = _FIELD.fullmatch(field)
         if not match:
             raise HTTPError(400, "a header field must be NAME: VALUE on one line")
-        name, value = match[1].decode().lower(), match[2].decode("latin-1")
+        name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     path, _, query = re.sub("(?i)^https?://[^/?]*", "", target).partition("?")
     try:
         parsed = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=MAX_HEADERS)
     except ValueError:
         raise HTTPError(400, f"a query may have {MAX_HEADERS} parameters") from None
-    request = Request(method, path, parsed, headers, "1." + minor)
+    request = Request(method, path or "/", parsed, headers, "1." + minor)
     _check_host(request)
     return request
 
@@ -1345,7 +1370,7 @@ def _check_host(request: Request) -> None:
     try:
         if not re.fullmatch(r"[][A-Za-z0-9._~!$&'()*+;=%:-]+", host):
             raise ValueError
-        host.encode("ascii").decode("idna")  # as the library will
+        host.encode("ascii").decode("idna")  # raises UnicodeError
     except ValueError:
         raise HTTPError(400, "there must be one Host header, naming a host") from None
 
@@ -1366,7 +1391,7 @@ def check_upgrade(request: Request) -> None:
             400, "a WebSocket needs the headers Upgrade: websocket and Connection: Upgrade")
     if headers.get("sec-websocket-version") != "13":
         raise HTTPError(426, "this server speaks WebSocket version 13",
-                        headers={"Sec-WebSocket-Version": "13"})
+                        headers={"Sec-WebSocket-Version": "13", **_UPGRADE})
     try:
         nonce = base64.b64decode(headers.get("sec-websocket-key", ""), validate=True)
     except ValueError:
@@ -1412,6 +1437,7 @@ class RequestHandler(Peer):
         super().__init__(server, queue, address)
         self.buffer = b""  # read, and not yet used
         self.deadline = time.monotonic() + REQUEST_TIME  # for the request under way
+        self.begun = False  # whether any of it has come
         self.unread = False  # whether it has a body that was not read
         self.cors: dict[str, str] = {}  # what a browser is told about the answer to it
         self.subscriber: Subscriber | None = None  # what the connection became
@@ -1421,12 +1447,12 @@ class RequestHandler(Peer):
     def watch(self, now: float) -> float | None:
         """End the connection when a request takes too long to come."""
         if self.busy or now < self.deadline:
-            return max(self.deadline, now + 1)
+            return now + 1 if self.busy else self.deadline
         late = HTTPError(
             408, f"a request must be complete within {REQUEST_TIME} seconds", "request_timeout")
-        if self.buffer:
+        if self.begun:
             self.server.refuse(self.address, late)
-        self.finish(encode_response(408, late.body(), _CLOSE | _JSON) if self.buffer else b"")
+        self.finish(encode_response(408, late.body(), _CLOSE | _JSON) if self.begun else b"")
         return None
 
     # Its own thread
@@ -1436,7 +1462,7 @@ class RequestHandler(Peer):
         try:
             self.queue.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             while self._serve_request():
-                self.busy = False
+                self.busy = self.begun = False
                 self.deadline = time.monotonic() + REQUEST_TIME
         except OSError:
             pass  # the peer is gone
@@ -1482,6 +1508,7 @@ class RequestHandler(Peer):
     def _read_head(self) -> bytes | None:
         while True:
             self.buffer = self.buffer.lstrip(b"\r\n")  # RFC 9112, section 2.2
+            self.begun = bool(self.buffer)
             if self.buffer and not re.match(_TOKEN + b"( |$)", self.buffer):
                 raise HTTPError(400, "this is not HTTP/1.1")
             end = self.buffer.find(b"\r\n\r\n")
@@ -1506,7 +1533,7 @@ class RequestHandler(Peer):
             raise HTTPError(400, "Content-Length must be a number")
         if len(length) > 18 or int(length) > limit:
             raise HTTPError(413, f"the body may have {limit} bytes", "too_large")
-        if "100-continue" in request.tokens("expect"):
+        if request.version == "1.1" and "100-continue" in request.tokens("expect"):
             self.queue.put(encode_response(100))
         size = int(length)
         body = bytearray(self.buffer)
@@ -1563,7 +1590,7 @@ class RequestHandler(Peer):
             return "*"
         if origin is None:
             return ""
-        same = origin.lower().partition("://")[2] == request.headers.get("host", "").lower()
+        same = origin.lower().partition("://")[2] == request.headers.get("host", "-").lower()
         if not same and not (isinstance(allowed, tuple) and origin.lower() in allowed):
             raise HTTPError(
                 403, f"the origin {_shown(origin)} is not allowed (CHECK_ORIGIN)", "origin")
@@ -1580,9 +1607,12 @@ class RequestHandler(Peer):
         reason = ""
         for token in filter(None, tokens):
             try:
-                return decode_token(token, secret)
+                key = decode_token(token, secret)
             except TokenError as error:
                 reason = reason or str(error)
+            else:
+                self.server.renew(self)
+                return key
         raise HTTPError(
             401, reason or "a token is needed: Authorization: Bearer TOKEN, or ?auth=TOKEN",
             headers={"WWW-Authenticate": "Bearer"})
@@ -1623,8 +1653,8 @@ class RequestHandler(Peer):
 
     def _become(self, subscriber: Subscriber, channels: Iterable[str]) -> bool:
         # The answer is queued by now, so nothing of the channels can come before it.
-        self.subscriber = subscriber
         self.buffer = b""
+        self.queue.on_overflow = subscriber.drop_slow
         subscriber.channels = channels
         self.server.registry.join(subscriber, channels)
         subscriber.first_look()
@@ -1657,7 +1687,8 @@ class RequestHandler(Peer):
         if self.server.stopping.is_set():
             raise HTTPError(503, "the server is shutting down", "shutting_down")
         issuer, batch, answers = str(uuid.uuid4()), Batch(self.server, self), []
-        self.wait_for_its_turn(len(messages))
+        if not self.wait_for_its_turn(len(messages)):
+            raise ConnectionError("the request came too slowly, and was told so")
         for channel, data in messages:
             batch.add(channel, encode_message(encode_head(issuer, channel), data))
             batch.publish()
@@ -1681,10 +1712,11 @@ class RequestHandler(Peer):
 
     def _ask_for_upgrade(self, request: Request) -> bool:
         raise HTTPError(426, "this is a WebSocket server",
-                        headers={"Upgrade": "websocket", "Connection": "Upgrade"})
+                        headers=_UPGRADE)
 
 
 _CLOSE = {"Connection": "close"}
+_UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}
 _JSON = {"Content-Type": "application/json"}
 ROUTES: dict[str, dict[str, Callable[[RequestHandler, Request], bool]]] = {
     "/": {"GET": RequestHandler._ask_for_upgrade},
@@ -1821,7 +1853,7 @@ class Server(socketserver.ThreadingTCPServer):
                 raise HTTPError(503, "the server is shutting down", "shutting_down", _RETRY)
             self.strangers.pop(handler, None)
             self._add(handler)
-            self.subscribers[subscriber.number] = subscriber
+            self.subscribers[subscriber.number] = handler.subscriber = subscriber
             self.totals["connections"] += 1
         self.keeper.forget(handler)
 
@@ -1833,6 +1865,12 @@ class Server(socketserver.ThreadingTCPServer):
         if oldest:
             oldest.queue.abort()
         self.registry.leave(subscriber, subscriber.channels)
+
+    def renew(self, stranger: Peer) -> None:
+        """Let a connection that showed a good token be the last to be dropped for a newcomer."""
+        with self.lock:
+            if stranger in self.strangers:
+                self.strangers.move_to_end(stranger)
 
     def forget(self, peer: Peer) -> None:
         """Forget a connection that is closed, but for what it counted."""
@@ -1937,7 +1975,8 @@ class Server(socketserver.ThreadingTCPServer):
         deadline = time.monotonic() + timeout
         patience = deadline - min(1, timeout / 5)  # leaves time to cut what is left
         self.stopping.set()  # from now on, whatever is read is dropped
-        self.shutdown()
+        if self.keeper.is_alive():
+            self.shutdown()
         self.server_close()
         _wait_until(lambda: not any(peer.busy for peer in self._peers()), patience)
         for peer in self._peers():
@@ -1996,12 +2035,15 @@ def _wait_until(condition: Callable[[], bool], deadline: float) -> None:
 # For Python programs, and for the commands below. simple-websocket runs the protocol, in a thread
 # of its own.
 
+_ANSWER_TIME = 10  # seconds without a byte either way, after which a server will not answer
+
+
 class PhiloteError(Exception):
-    """What a Client raises."""
+    """What a Client raises, beside OSError where the server cannot be reached."""
 
 
 class Unauthorized(PhiloteError):
-    """The server let us not in: its answer to the opening handshake was not 101."""
+    """The server did not let us in; `status` is its HTTP status: 401 for the token, 503 if full."""
 
     def __init__(self, status: int, reason: str) -> None:
         super().__init__(f"{reason} (HTTP {status})")
@@ -2031,37 +2073,44 @@ class Client:
             client.publish("news", "hello")
             print(client.receive(timeout=1))
 
-    Raises OSError where the server cannot be reached, Unauthorized where it refuses the token. A
-    server answers a message that it drops some time later: Forbidden is raised by the next call
-    that finds the answer, close() at last.
+    Raises OSError where the server cannot be reached, Unauthorized where it does not let us in,
+    PhiloteError where there is another kind of server, or the URL or token cannot be.
+
+    A server answers a message that it drops some time later: Forbidden is raised by the next call
+    that finds the answer. ConnectionClosed is raised once all that came has been received. close()
+    and the end of the `with` block raise them too, where a message that was published may be lost.
     """
 
     def __init__(self, url: str = "ws://localhost:6380", token: str = "") -> None:
-        self._arrived = threading.Condition()  # guards the next three
+        self._arrived = threading.Condition()  # guards the next four
         self._messages: collections.deque[Message] = collections.deque()
         self._refusals: collections.deque[PhiloteError] = collections.deque()
         self._end: ConnectionClosed | None = None
-        self._publishing = threading.Lock()  # keeps one message's encoding apart from another's
+        self._told = True  # whether somebody knows the fate of what was published
+        # Keeps one message's encoding apart from another's, and the close frame behind them.
+        self._publishing = threading.Lock()
         self._ws: Any = None
-        parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("ws", "wss") or not parts.hostname:
-            raise PhiloteError(
-                f"the URL must begin with ws:// or wss:// and name a host, not {url!r}")
-        self._ws = _ClientWebSocket.connect(
-            urllib.parse.urlunsplit(parts._replace(path=parts.path or "/")),
-            headers={"Authorization": f"Bearer {token}"} if token else {},
-            thread_class=functools.partial(_ReaderThread, self),
+        if not re.fullmatch("[!-~]*", token):
+            raise PhiloteError("the token holds characters that no token has")
+        self._ws = _ClientWebSocket(
+            split_url(url), token, thread_class=functools.partial(_ReaderThread, self),
             event_class=functools.partial(_Arrival, self))
+        self._ws.thread.opened.set()
 
     def publish(self, channel: str, data: str) -> None:
         """Send a message. Raises ConnectionClosed, and Forbidden for a message before this one."""
         self._raise_refusal()
         try:
             with self._publishing:
+                if self._ws.sock.closing:
+                    raise ConnectionError
+                self._told = False
                 self._ws.send(json.dumps({"channel": channel, "data": data}))
         except (OSError, simple_websocket.ConnectionClosed):
-            self._ws.thread.join(CLOSING_TIME)
-            raise self._end or ConnectionClosed(1006) from None
+            self._ws.thread.join(CLOSING_TIME)  # it knows why
+            self._raise_refusal()
+            self._raise_end()
+            raise ConnectionClosed(1006) from None
 
     def receive(self, timeout: float | None = None) -> Message | None:
         """Wait `timeout` seconds (None: for ever) for the next message; None if there was none.
@@ -2074,47 +2123,63 @@ class Client:
             if self._messages and not self._refusals:
                 return self._messages.popleft()
         self._raise_refusal()
-        if self._end:
-            raise self._end
+        self._raise_end()
         return None
 
     def __iter__(self) -> Iterator[Message]:
-        """Receive messages until close() ends the connection."""
+        """Receive messages until close() is called. Raises what receive() raises."""
         while True:
             try:
                 message = self.receive()
-            except ConnectionClosed as error:
-                if error.code == NORMAL:
+            except ConnectionClosed:
+                if self._ws.sock.closing:
                     return
                 raise
             if message:
                 yield message
 
     def close(self) -> None:
-        """End the connection, once the server has all that was published. Raises Forbidden."""
+        """End the connection, once the server has read all that was published."""
         self._close()
         self._raise_refusal()
+        if not self._told:
+            self._raise_end()
 
     def __enter__(self) -> Client:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        self._close()
         if kind is None:
-            self._raise_refusal()
+            self.close()
+        else:
+            self._close()
 
     def _close(self) -> None:
-        with contextlib.suppress(OSError, simple_websocket.ConnectionClosed), self._publishing:
-            self._ws.close()
-        if self._ws.thread is not threading.current_thread():
-            self._ws.thread.join(CLOSING_TIME)
-            self._ws.sock.abort()
-            self._ws.thread.join()
+        # A closing handshake, for as long as anything moves: the server may take its time to read.
+        sock, thread = self._ws.sock, self._ws.thread
+
+        def send_close() -> None:
+            with self._publishing:
+                sock.send_close()
+
+        threading.Thread(target=send_close, daemon=True).start()
+        moved = None
+        while thread.is_alive() and moved != sock.moved():
+            moved = sock.moved()
+            thread.join(_ANSWER_TIME)
+        sock.abort()
+        thread.join()
 
     def _raise_refusal(self) -> None:
         with self._arrived:
             if self._refusals:
                 raise self._refusals.popleft()
+
+    def _raise_end(self) -> None:
+        with self._arrived:
+            if self._end:
+                self._told = True
+                raise self._end
 
     # The reader's thread
 
@@ -2126,47 +2191,91 @@ class Client:
                 if "error" in value:
                     self._refusals.append(Forbidden(value.get("reason", value["error"])))
                 else:
-                    self._messages.append(Message(
-                        value.get("issuer", ""), value.get("channel", ""), value.get("data", "")))
+                    self._messages.append(
+                        Message(*(value.get(name, "") for name in Message._fields)))
             self._arrived.notify_all()
 
     def read(self, loop: Callable[[], None]) -> None:
         """Run the library's read loop, to the connection's end."""
         try:
             loop()
+        except (ValueError, AttributeError) as error:  # what no Philote server sends
+            log.debug("closed after %s: %s", type(error).__name__, error)
         finally:
-            code = 1006 if self._ws.sock.ended else int(self._ws.close_reason)
-            self._ws.sock.abort()
+            sock = self._ws.sock
+            clean = not sock.ended
+            code = int(self._ws.close_reason) if clean else 1006
+            sock.abort()
             with self._arrived:
+                self._told |= clean and sock.closing and code == NORMAL
                 self._end = ConnectionClosed(code, self._ws.close_message or "")
                 self._arrived.notify_all()
 
 
 class _ReaderThread(threading.Thread):
     def __init__(self, client: Client, target: Callable[[], None]) -> None:
-        super().__init__(target=client.read, args=(target,), daemon=True)
+        super().__init__(daemon=True)
+        self.client, self.loop = client, target
+        self.opened = threading.Event()  # set once the client has its socket
+
+    def run(self) -> None:
+        self.opened.wait()
+        self.client.read(self.loop)
+
+
+def split_url(url: str) -> urllib.parse.SplitResult:
+    """Split the URL of a server. Raises PhiloteError that names it."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme not in ("ws", "wss") or not parts.hostname or parts.port == 0:
+            raise ValueError
+    except ValueError:
+        raise PhiloteError(
+            f"the URL must begin with ws:// or wss:// and name a host, not {url!r}") from None
+    if not re.fullmatch("[!-~]*", parts.path + parts.query):
+        raise PhiloteError(f"the path of the URL must be percent-encoded, not {url!r}")
+    return parts
 
 
 class _ClientWebSocket(simple_websocket.Client):
-    sock: Any
+    # The library's own way to connect tries one address only, and tells nothing of a refusal.
+
+    def __init__(self, url: urllib.parse.SplitResult, token: str, **classes: Any) -> None:
+        self.url, self.token = url, token
+        secure = url.scheme == "wss"
+        try:
+            sock = socket.create_connection((url.hostname, url.port or (443 if secure else 80)))
+            if secure:
+                sock = ssl.create_default_context().wrap_socket(sock, server_hostname=url.hostname)
+        except UnicodeError:
+            raise PhiloteError(f"{url.hostname!r} cannot be the name of a host") from None
+        self.sock = _ClientSocket(sock)
+        try:
+            super(simple_websocket.Client, self).__init__(
+                self.sock, connection_type=ConnectionType.CLIENT, **classes)
+        except BaseException:
+            self.sock.abort()
+            raise
 
     def handshake(self) -> None:
-        self.sock = _ClientSocket(self.sock)
+        target = (self.url.path or "/") + ("?" + self.url.query if self.url.query else "")
+        headers = [(b"Authorization", b"Bearer " + self.token.encode())] if self.token else []
+        self.sock.send(self.ws.send(wsproto.events.Request(
+            host=self.url.netloc.rpartition("@")[2], target=target, extra_headers=headers)))
         try:
-            super().handshake()
-        except simple_websocket.ConnectionError as error:
-            try:
-                reason = json.loads(self.sock.rest)["reason"]
-            except (ValueError, LookupError, TypeError):
-                reason = "the server refused the connection"
-            raise Unauthorized(error.status_code, reason) from None
-        finally:
-            if not self.connected:
-                self.sock.abort()
+            self.ws.receive_data(self.sock.read_head())
+            event = next(self.ws.events(), None)
+        except (ProtocolError, ValueError) as error:
+            raise PhiloteError(f"this is no WebSocket server: {error}") from None
+        if isinstance(event, wsproto.events.RejectConnection):
+            raise Unauthorized(event.status_code, self.sock.read_reason())
+        if not isinstance(event, wsproto.events.AcceptConnection):
+            raise PhiloteError("this is no WebSocket server")
+        self.connected = True
 
 
 class _ClientSocket:
-    """A socket, TLS or not, that one thread may read while another writes; send() writes it all.
+    """A socket, TLS or not, that one thread may read while another writes; send() writes all.
 
     No thread is ever inside a call of the socket for long, and never two: they wait outside. Two
     threads inside one TLS connection corrupt it or wait for each other.
@@ -2175,38 +2284,77 @@ class _ClientSocket:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.sock.setblocking(False)
-        self.calling = threading.Lock()  # guards the socket
-        self.sending = threading.Lock()  # keeps a frame whole
+        self.calling = threading.Lock()  # guards the socket and the two counts
+        self.sent = self.received = 0  # bytes
+        self.sending = threading.Lock()  # keeps a frame whole; guards `closing`
+        self.closing = False  # whether our close frame is out; what comes behind it is dropped
+        self.ended = False  # whether the connection ended without a closing handshake
         self.rest = b""  # what was read behind the answer to the opening handshake
-        self.opened = self.ended = False
 
     def send(self, data: bytes) -> int:
         with self.sending:
-            view = memoryview(data)
-            while view:
-                view = view[self._call(self.sock.send, view, selectors.EVENT_WRITE):]
+            if not self.closing:
+                self._send(data)
         return len(data)
 
-    def recv(self, size: int) -> bytes:
-        # The library looks for frames behind the handshake's answer only when more arrives: they
-        # are held back for it.
-        if not self.opened:
-            while b"\r\n\r\n" not in self.rest:
-                self.rest += self._receive(size)
-            self.opened = True
-            end = self.rest.index(b"\r\n\r\n") + 4
-            head, self.rest = self.rest[:end], self.rest[end:]
-            return head
-        if self.rest:
-            data, self.rest = self.rest, b""
-            return data
-        return self._receive(size)
+    def send_close(self) -> None:
+        # Behind the library's back, which would answer no ping from here on, and read no further.
+        with self.sending, contextlib.suppress(OSError):
+            if not self.closing:
+                self.closing = True
+                self._send(b"\x88\x82\0\0\0\0" + struct.pack("!H", NORMAL))
 
-    def _receive(self, size: int) -> bytes:
-        data = self._call(self.sock.recv, max(size, _LARGEST_READ), selectors.EVENT_READ)
+    def recv(self, size: int) -> bytes:
+        data, self.rest = self.rest, b""
+        return data or self._receive()
+
+    def read_head(self) -> bytes:
+        """Read the answer to the opening handshake. What comes behind it is kept for recv()."""
+        data = b""
+        while (end := data.find(b"\r\n\r\n")) < 0:
+            if len(data) > MAX_HEAD_SIZE:
+                raise ValueError("its answer does not end")
+            data += self._receive()
+        self.rest = data[end + 4:]
+        return data[:end + 4]
+
+    def read_reason(self) -> str:
+        """Read why a server refused us, if it says so as Philote does."""
+        with contextlib.suppress(OSError, LookupError, TypeError):
+            while len(self.rest) <= MAX_HEAD_SIZE:
+                try:
+                    return str(json.loads(self.rest)["reason"])
+                except ValueError:  # not all of it has come yet
+                    self.rest += self._receive()
+        return "the server refused the connection"
+
+    def moved(self) -> tuple[int, int]:
+        """How many bytes went out and came in so far."""
+        with self.calling:
+            return self.sent, self.received
+
+    def close(self) -> None:
+        """Leave the socket open for what comes before the server's close frame."""
+
+    def abort(self) -> None:
+        """End the connection, and the wait of whoever waits for it."""
+        with self.calling, contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RDWR)
+            self.sock.close()
+
+    def _send(self, data: bytes) -> None:
+        view = memoryview(data)
+        while view:
+            sent = self._call(self.sock.send, view, selectors.EVENT_WRITE)
+            self.sent += sent
+            view = view[sent:]
+
+    def _receive(self) -> bytes:
+        data = self._call(self.sock.recv, _LARGEST_READ, selectors.EVENT_READ)
         if not data:
             self.ended = True
             raise ConnectionResetError("the server closed the connection")
+        self.received += len(data)
         return data
 
     def _call(self, call: Callable[[Any], Any], argument: Any, event: int) -> Any:
@@ -2215,24 +2363,15 @@ class _ClientSocket:
                 with self.calling:
                     return call(argument)
             except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-                if isinstance(error, ssl.SSLError):
-                    event = (selectors.EVENT_READ if isinstance(error, ssl.SSLWantReadError)
-                             else selectors.EVENT_WRITE)
+                wanted = (selectors.EVENT_READ if isinstance(error, ssl.SSLWantReadError) else
+                          selectors.EVENT_WRITE if isinstance(error, ssl.SSLWantWriteError) else
+                          event)
             except OSError:
                 self.ended = True
                 raise
-            # ValueError is raised where abort() has closed it meanwhile.
-            with _Selector() as selector, contextlib.suppress(ValueError):
-                selector.register(self.sock, event)
+            with _Selector() as selector, contextlib.suppress(ValueError):  # of a closed socket
+                selector.register(self.sock, wanted)
                 selector.select()
-
-    def close(self) -> None:
-        """Leave the socket open: what comes before the server's close frame is still to be read."""
-
-    def abort(self) -> None:
-        """End the connection, which ends the wait of a thread in recv()."""
-        with self.calling, contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
 
 
 _Selector = getattr(selectors, "PollSelector", selectors.SelectSelector)
@@ -2265,6 +2404,20 @@ def _parse_duration(text: str) -> float:
     if not match:
         raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90s, 15m, 1h or 7d")
     return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+def _parse_count(text: str) -> int:
+    if not re.fullmatch("[1-9][0-9]{0,17}", text, re.ASCII):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def _parse_url(text: str) -> str:
+    try:
+        split_url(text)
+    except PhiloteError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 def _parse_names(text: str) -> list[str]:
@@ -2301,14 +2454,14 @@ def _make_parser() -> argparse.ArgumentParser:
     subscribe = add("subscribe", _subscribe, "print the messages of channels, a line each")
     subscribe.add_argument("channels", nargs="+", metavar="CHANNEL")
     subscribe.add_argument("--json", action="store_true", help="print the whole message as JSON")
-    subscribe.add_argument("--count", type=int, metavar="N", help="end after N messages")
+    subscribe.add_argument("--count", type=_parse_count, metavar="N", help="end after N messages")
     publish = add(
         "publish", _publish, "publish a message, or a message for each line of standard input")
     publish.add_argument("channel", metavar="CHANNEL")
     publish.add_argument("data", nargs="?", metavar="DATA")
     for command in (subscribe, publish):
         command.add_argument(
-            "--url", default=os.environ.get("PHILOTE_URL", "ws://localhost:6380"),
+            "--url", type=_parse_url, default=os.environ.get("PHILOTE_URL", "ws://localhost:6380"),
             help="server (default: PHILOTE_URL, or ws://localhost:6380)")
         command.add_argument(
             "--token", default=os.environ.get("PHILOTE_TOKEN"),
@@ -2319,25 +2472,33 @@ def _make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its status."""
     parsed = _make_parser().parse_args(arguments)
+    status = 0
     try:
         status = parsed.command(parsed)
     except KeyboardInterrupt:
-        status = 0
-    except BrokenPipeError:  # whoever read our output has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        status = 0
+        pass
+    except SettingsError as error:
+        print(error, file=sys.stderr)
+        status = 2
     except (PhiloteError, OSError) as error:
         print(f"philote: {error}", file=sys.stderr)
         status = 1
     sys.exit(status)
 
 
-def _serve(_: argparse.Namespace) -> int:
+def _print(text: str) -> None:
+    # Ends the program where nobody takes its output: quietly if he has seen enough, like head.
     try:
-        settings = Settings.from_environ(os.environ)
-    except SettingsError as error:
-        print(error, file=sys.stderr)
-        return 2
+        print(text, flush=True)
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush of all
+        if isinstance(error, BrokenPipeError):
+            sys.exit(0)
+        sys.exit(f"philote: cannot write: {error.strerror}")
+
+
+def _serve(_: argparse.Namespace) -> int:
+    settings = Settings.from_environ(os.environ)
     logging.Formatter.converter = time.gmtime
     logging.basicConfig(
         level=_LEVELS[settings.loglevel], stream=sys.stderr,
@@ -2350,13 +2511,13 @@ def _serve(_: argparse.Namespace) -> int:
     # A thread that waits for the interpreter's lock asks for it once in every such interval. When
     # thousands are woken at a time (a proxy went away), at the default 5 ms they do little else;
     # and ours let go at every system call.
-    sys.setswitchinterval(max(0.005, settings.max_connections / 10_000))
+    sys.setswitchinterval(min(1, max(0.005, settings.max_connections / 10_000)))
     _raise_descriptor_limit(settings)
     try:
         server = Server(settings)
-    except OSError as error:
-        print(f"philote: cannot listen on {settings.host or 'all interfaces'}, "
-              f"port {settings.port}: {error.strerror}", file=sys.stderr)
+    except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
+        print(f"philote: cannot listen on {settings.host or 'all interfaces'}, port "
+              f"{settings.port}: {getattr(error, 'strerror', None) or error}", file=sys.stderr)
         return 1
     with server:
         _greet(server)
@@ -2396,10 +2557,16 @@ def _raise_descriptor_limit(settings: Settings) -> None:
                 settings.max_connections, needed, hard)
 
 
+def _secret() -> str:
+    return Settings.from_environ(
+        {name: os.environ[name] for name in ("SECRET",) if name in os.environ}).secret
+
+
 def _token(arguments: argparse.Namespace) -> int:
-    secret = os.environ.get("SECRET", "")
+    secret = _secret()
     if arguments.check is None:
-        print(new_token(secret, arguments.read, arguments.write, arguments.expires, arguments.api))
+        _print(new_token(
+            secret, arguments.read, arguments.write, arguments.expires, arguments.api))
         return 0
     token = sys.stdin.readline().strip() if arguments.check == "-" else arguments.check
     try:
@@ -2416,11 +2583,11 @@ def _token(arguments: argparse.Namespace) -> int:
 
 def _connect(arguments: argparse.Namespace, read: Sequence[str] = (),
              write: Sequence[str] = ()) -> Client:
-    return Client(
-        arguments.url, arguments.token or new_token(os.environ.get("SECRET", ""), read, write))
+    return Client(arguments.url, arguments.token or new_token(_secret(), read, write))
 
 
 def _subscribe(arguments: argparse.Namespace) -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     left, pause = arguments.count or math.inf, 0.5
     while True:
         try:
@@ -2428,25 +2595,33 @@ def _subscribe(arguments: argparse.Namespace) -> int:
                 pause = 0.5
                 for message in client:
                     if message.channel in arguments.channels:
-                        print(json.dumps(message._asdict()) if arguments.json else message.data,
-                              flush=True)
+                        _print(json.dumps(message._asdict()) if arguments.json else
+                               _on_one_line(message.data))
                         left -= 1
                         if left <= 0:
                             return 0
-        except Unauthorized:
-            raise
-        except BrokenPipeError:
-            raise
-        except (PhiloteError, OSError) as error:
+        except (Unauthorized, ConnectionClosed, OSError) as error:
+            if isinstance(error, Unauthorized) and error.status < 500:
+                raise
             print(f"philote: {error}; trying again in {pause:g} seconds", file=sys.stderr)
         time.sleep(pause)
         pause = min(2 * pause, 30)
 
 
+def _on_one_line(text: str) -> str:
+    # Line ends are escaped, and so is what a terminal would take for a command.
+    return re.sub("[\0-\x08\n-\x1f\x7f-\x9f\u2028\u2029]",
+                  lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def _publish(arguments: argparse.Namespace) -> int:
+    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
     with _connect(arguments, write=[arguments.channel]) as client:
-        for line in sys.stdin if arguments.data is None else [arguments.data]:
-            client.publish(arguments.channel, line.rstrip("\n"))
+        if arguments.data is not None:
+            client.publish(arguments.channel, arguments.data)
+        else:
+            for line in sys.stdin:
+                client.publish(arguments.channel, line.removesuffix("\n"))
     return 0
 
 
