@@ -1772,7 +1772,7 @@ class Server(socketserver.ThreadingTCPServer):
     def __enter__(self) -> Server:
         self.keeper.start()
         threading.Thread(
-            target=self.serve_forever, args=(0.1,), name="philote-accept", daemon=True).start()
+            target=self.serve_forever, name="philote-accept", daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -1976,6 +1976,8 @@ class Server(socketserver.ThreadingTCPServer):
         patience = deadline - min(1, timeout / 5)  # leaves time to cut what is left
         self.stopping.set()  # from now on, whatever is read is dropped
         if self.keeper.is_alive():
+            with contextlib.suppress(OSError):  # on Linux this wakes the accepting thread at once
+                self.socket.shutdown(socket.SHUT_RDWR)
             self.shutdown()
         self.server_close()
         _wait_until(lambda: not any(peer.busy for peer in self._peers()), patience)
