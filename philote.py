@@ -2291,7 +2291,8 @@ class _ClientSocket:
         self.sending = threading.Lock()  # keeps a frame whole; guards `closing`
         self.closing = False  # whether our close frame is out; what comes behind it is dropped
         self.ended = False  # whether the connection ended without a closing handshake
-        self.rest = b""  # what was read behind the answer to the opening handshake
+        self.head = b""  # of the answer to the opening handshake
+        self.rest = b""  # what was read behind it
 
     def send(self, data: bytes) -> int:
         with self.sending:
@@ -2317,17 +2318,16 @@ class _ClientSocket:
             if len(data) > MAX_HEAD_SIZE:
                 raise ValueError("its answer does not end")
             data += self._receive()
-        self.rest = data[end + 4:]
-        return data[:end + 4]
+        self.head, self.rest = data[:end + 4], data[end + 4:]
+        return self.head
 
     def read_reason(self) -> str:
         """Read why a server refused us, if it says so as Philote does."""
-        with contextlib.suppress(OSError, LookupError, TypeError):
-            while len(self.rest) <= MAX_HEAD_SIZE:
-                try:
-                    return str(json.loads(self.rest)["reason"])
-                except ValueError:  # not all of it has come yet
-                    self.rest += self._receive()
+        length = re.search(rb"(?i)\r\ncontent-length: *([0-9]{1,4})\r\n", self.head)
+        with contextlib.suppress(OSError, ValueError, LookupError, TypeError):
+            while length and len(self.rest) < int(length[1]):
+                self.rest += self._receive()
+            return str(json.loads(self.rest)["reason"])
         return "the server refused the connection"
 
     def moved(self) -> tuple[int, int]:
@@ -2340,8 +2340,9 @@ class _ClientSocket:
 
     def abort(self) -> None:
         """End the connection, and the wait of whoever waits for it."""
-        with self.calling, contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+        with self.calling:
+            with contextlib.suppress(OSError):
+                self.sock.shutdown(socket.SHUT_RDWR)
             self.sock.close()
 
     def _send(self, data: bytes) -> None:

@@ -3166,6 +3166,40 @@ def test_the_client_speaks_ipv6():
             assert client.receive(0) is None
 
 
+@pytest.fixture
+def without_gc():
+    """Keep the garbage collector from closing what was forgotten."""
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def test_a_client_whose_connection_broke_leaves_no_descriptor(without_gc):
+    def script(sock, file):
+        sock.sendall(accept_upgrade(file))
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    with answering(*[script] * 10) as url:
+        before = len(os.listdir("/proc/self/fd"))
+        clients = [philote.Client(url) for _ in range(10)]
+        for client in clients:
+            with pytest.raises(philote.ConnectionClosed):
+                client.receive(PATIENCE)
+            client.close()
+        wait_until(lambda: len(os.listdir("/proc/self/fd")) == before, f"{before} descriptors")
+
+
+def test_a_refusal_whose_connection_stays_open_is_raised_at_once():
+    def script(sock, file):
+        accept_upgrade(file)
+        sock.sendall(b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 6\r\n\r\n<html>")
+        assert file.read() == b"", "the client hangs up"
+
+    with answering(script) as url, pytest.raises(philote.Unauthorized) as caught:
+        philote.Client(url)
+    assert caught.value.status == 502
+
+
 def test_localhost_is_tried_at_each_of_its_addresses(server, monkeypatch):
     # Where localhost is ::1 first (as on most machines), and the server is on 127.0.0.1 alone.
     if not socket.has_dualstack_ipv6():
