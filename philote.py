@@ -433,6 +433,13 @@ def _is_well_formed(first: int, second: int, size: int) -> bool:
 _LEAST = [0] * 126 + [126, 65536]  # the sizes must be written in the shortest form
 
 
+def _gather(part: bytes, size: int) -> Generator[None, bytes, bytes]:
+    buffer = bytearray(part)
+    while len(buffer) < size:
+        buffer += yield None
+    return bytes(buffer)
+
+
 def read_frames(max_message_size: int) -> Generator[str | bytes | None, bytes, NoReturn]:
     """Cut a client's bytes into frames; a coroutine without any input or output of its own.
 
@@ -463,10 +470,7 @@ def read_frames(max_message_size: int) -> Generator[str | bytes | None, bytes, N
                 raise MessageTooBig
         end = at + head + size
         if end > len(data):
-            buffer, end = bytearray(data[at:]), end - at
-            while len(buffer) < end:
-                buffer += yield None
-            data, at, buffer = bytes(buffer), 0, bytearray()
+            data, at, end = (yield from _gather(data[at:], end - at)), 0, end - at
         if first == 0x80 | TEXT and not fragmented:
             body = at + head
             try:
@@ -1711,8 +1715,7 @@ class RequestHandler(Peer):
         return self._respond(request, 200, self.server.metrics().encode(), kind)
 
     def _ask_for_upgrade(self, request: Request) -> bool:
-        raise HTTPError(426, "this is a WebSocket server",
-                        headers=_UPGRADE)
+        raise HTTPError(426, "this is a WebSocket server", headers=_UPGRADE)
 
 
 _CLOSE = {"Connection": "close"}
