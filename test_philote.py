@@ -3401,15 +3401,6 @@ def test_a_ping_that_crosses_our_close_loses_no_refusal():
 
 # The end of a connection
 
-@pytest.fixture
-def switching_often():
-    """Let threads interrupt each other as often as they can."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
-
-
 def test_a_server_that_stops_closes_with_1001():
     with running() as server:
         client = connect(server, ["a"], ["a"])
@@ -3501,7 +3492,7 @@ def test_a_server_that_stops_in_the_middle_of_many_publishers_closes_each_with_1
             assert [getattr(result, "code", result) for result in results] == [1001] * 4
 
 
-def test_close_ends_the_publishing_of_other_threads_with_1000(server, switching_often):
+def test_close_ends_the_publishing_of_other_threads_with_1000(server, restless):
     def publish(client):
         while True:
             client.publish("a", "x")
@@ -3558,7 +3549,7 @@ def test_two_threads_exchange_10000_messages_both_ways_in_order():
 
 @pytest.mark.parametrize("count, sizes", [
     (5, [10, 5_000_000, 100, 70_000, 1000]), (1000, [1, 10, 20, 30])], ids=["large", "small"])
-def test_threads_that_share_a_client_tear_no_frame(switching_often, count, sizes):
+def test_threads_that_share_a_client_tear_no_frame(restless, count, sizes):
     def expected(name):
         return [f"{name} {i} " + name * sizes[i % len(sizes)] for i in range(count)]
 
