@@ -591,15 +591,18 @@ _INTERPRETER_LOCK: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 try:
     import ctypes
 
-    _libc = ctypes.PyDLL(None)
-    # Without argtypes, which would cost 0.5 us for each call of 1.1: whole numbers are passed as C's
-    # int, and each platform widens that to what these functions expect.
-    _send, _recv = _libc.send, _libc.recv
+    # Without argtypes, which would cost 0.5 us for each call of 1.1: whole numbers are passed as
+    # C's int, and each platform widens that to what these functions expect.
+    _send: Callable[..., int] = ctypes.PyDLL(None).send
+    _recv: Callable[..., int] = ctypes.PyDLL(None).recv
+    _make_buffer = functools.partial(ctypes.create_string_buffer, _FULL_READ)
 except (ImportError, OSError, AttributeError):  # pragma: no cover
-    ctypes = None  # type: ignore[assignment]
+    def _send(*_: object) -> int:
+        return -1  # that is what they return for an error; the methods of `socket` are tried then
 
-# Buffers of _FULL_READ bytes to read into; a thread that waits holds none. deque.append and
-# deque.pop are thread-safe.
+    _recv, _make_buffer = _send, bytearray  # type: ignore[assignment]
+
+# Buffers to read into; a thread that waits holds none. deque.append and deque.pop are thread-safe.
 _buffers: collections.deque[Any] = collections.deque(maxlen=8)
 
 
@@ -618,23 +621,25 @@ class Transport:
 
     def receive(self, size: int) -> bytes:
         """Read what has come, behind wait(); b"" is the end."""
-        if not ctypes or size > _FULL_READ:
-            return self.sock.recv(size)
         try:
             buffer = _buffers.pop()
         except IndexError:
-            buffer = ctypes.create_string_buffer(_FULL_READ)
-        count = _recv(self.descriptor, buffer, size, _DONTWAIT)
+            buffer = _make_buffer()
+        count = _recv(self.descriptor, buffer, min(size, _FULL_READ), _DONTWAIT)
         data: bytes = buffer[:max(count, 0)]
         _buffers.append(buffer)
         return data if count >= 0 else self.sock.recv(size)  # which raises the error, if it lasts
 
     def send(self, data: bytes) -> int:
         """Write what the socket takes at once; returns how many bytes. Raises OSError."""
-        if ctypes and len(data) <= _LARGEST_HELD_SEND:
-            if (sent := _send(self.descriptor, data, len(data), _DONTWAIT)) >= 0:
-                return int(sent)
-        return self.send_all([data])  # which raises the error, if it lasts
+        if len(data) <= _LARGEST_HELD_SEND:
+            sent = _send(self.descriptor, data, len(data), _DONTWAIT)
+            if sent >= 0:
+                return sent
+        try:
+            return self.sock.send(data, _DONTWAIT)  # which raises the error, if it lasts
+        except BlockingIOError:
+            return 0
 
     def send_all(self, buffers: Sequence[bytes | memoryview]) -> int:
         """Write the like of many buffers."""
@@ -738,12 +743,13 @@ class State(enum.Enum):
     CLOSED = "its socket is closed and its thread done"
 
 
+READING, ANSWERING, SUBSCRIBED, CLOSING, CLOSED = State
 TRANSITIONS = {
-    State.READING: {State.ANSWERING, State.CLOSING},
-    State.ANSWERING: {State.READING, State.SUBSCRIBED, State.CLOSING},
-    State.SUBSCRIBED: {State.CLOSING},
-    State.CLOSING: {State.CLOSED},
-    State.CLOSED: set(),
+    READING: {ANSWERING, CLOSING},
+    ANSWERING: {READING, SUBSCRIBED, CLOSING},
+    SUBSCRIBED: {CLOSING},
+    CLOSING: {CLOSED},
+    CLOSED: set(),
 }
 
 
@@ -765,7 +771,7 @@ class Connection:
         self.address = address
         # Guards the state and all down to `patience`, each write to the socket, and its close.
         self.lock = threading.Lock()
-        self.state = State.READING
+        self.state = READING
         self.handler: HTTPHandler | Subscriber | None = None  # set by its own thread
         # Appended to by any thread without the lock: deque.append is thread-safe.
         self.pending: collections.deque[bytes] = collections.deque()
@@ -830,7 +836,7 @@ class Connection:
             if only and self.state is not only:
                 return False
             self._take()
-            if not self._move(State.CLOSING):
+            if not self._move(CLOSING):
                 return False
             self.cut_at, self.patience = time.monotonic() + CLOSING_TIME, patience
             if discard:
@@ -850,7 +856,7 @@ class Connection:
     def evict(self) -> None:
         """Make room for a newcomer, unless this one has become a subscriber meanwhile."""
         with self.lock:
-            if self.state is not State.SUBSCRIBED:
+            if self.state is not SUBSCRIBED:
                 self._give_up()
 
     # The poller's thread
@@ -858,7 +864,7 @@ class Connection:
     def resume(self) -> None:
         """Go on after the socket was full."""
         with self.lock:
-            if self.state is not State.CLOSED:
+            if self.state is not CLOSED:
                 self.full = False
                 self._take()
                 self._write_unsent()
@@ -866,7 +872,7 @@ class Connection:
 
     def on_deadline(self, now: float) -> float | None:
         """See what is due; returns when to look again."""
-        if self.state not in (State.CLOSING, State.CLOSED):
+        if self.state not in (CLOSING, CLOSED):
             handler = self.handler
             return handler.on_deadline(now) if handler else None
         if now < self.cut_at:
@@ -893,10 +899,10 @@ class Connection:
             if busy_threads:
                 busy_threads.add(self)
             self.busy = True
-            drop = self.server.stopping.is_set() and self.state is State.SUBSCRIBED
+            drop = self.server.stopping.is_set() and self.state is SUBSCRIBED
             data = self.transport.receive(size)
             self.bytes_received += len(data)
-            if not data or self.state is State.CLOSING:
+            if not data or self.state is CLOSING:
                 return b""
             self.last_received = time.monotonic()
             if not drop:
@@ -912,7 +918,7 @@ class Connection:
         hang_up.register(self.transport.descriptor, getattr(select, "POLLRDHUP", 0))
         if busy_threads := self.server.busy_threads:
             busy_threads.discard(self)
-        while (self.state is not State.CLOSING and not self.server.stopping.is_set()
+        while (self.state is not CLOSING and not self.server.stopping.is_set()
                and (left := end - time.monotonic()) > 0):
             if hang_up.poll(1000 * min(left, 0.25)):
                 raise ConnectionResetError("the peer is gone; what it sent and had to wait is lost")
@@ -951,7 +957,7 @@ class Connection:
         """
         with self.lock:
             self._give_up()
-            self._move(State.CLOSED)
+            self._move(CLOSED)
             self.handler = None  # which holds this connection: no cycle is left to the collector
             if not self.full:
                 self.transport.close()
@@ -968,12 +974,12 @@ class Connection:
 
     def _write(self) -> bool:
         # Returns True once: when more than the limit has come to wait.
-        if self.unsent or self.state in (State.CLOSING, State.CLOSED):
+        if self.unsent or self.state is not SUBSCRIBED:
             self._take()
             self._write_unsent()
         elif not self.pending:  # somebody else has written it meanwhile
             return False
-        else:
+        else:  # the common case: nothing waits, and the socket takes it all
             data = self.pending.popleft()
             if self.pending:
                 data = b"".join([data, *(self.pending.popleft() for _ in range(len(self.pending)))])
@@ -989,7 +995,7 @@ class Connection:
             self.size = len(data) - sent + _OVERHEAD
             self._wait_for_room()
         # The entry that is being written does not count, so that one message always fits.
-        if (self.overflowed or self.state in (State.CLOSING, State.CLOSED) or not self.unsent
+        if (self.overflowed or self.state in (CLOSING, CLOSED) or not self.unsent
                 or self.size - len(self.unsent[0]) <= self.server.settings.max_queue_size):
             return False
         self.overflowed = True
@@ -998,7 +1004,7 @@ class Connection:
     def _take(self) -> None:
         for _ in range(len(self.pending)):
             data = self.pending.popleft()
-            if self.state not in (State.CLOSING, State.CLOSED):
+            if self.state not in (CLOSING, CLOSED):
                 self._append(data)
 
     def _append(self, data: bytes) -> None:
@@ -1023,7 +1029,7 @@ class Connection:
                 self._drop(sent)
                 if not sent:
                     self._wait_for_room()
-        if self.state is State.CLOSING and not self.unsent:
+        if self.state is CLOSING and not self.unsent:
             self.transport.end_output()
 
     def _drop(self, sent: int) -> None:
@@ -1041,11 +1047,11 @@ class Connection:
         self.server.poller.watch(self)
 
     def _give_up(self) -> None:
-        self._move(State.CLOSING)
+        self._move(CLOSING)
         self.pending.clear()
         self.unsent.clear()
         self.size = 0
-        if self.state is not State.CLOSED:
+        if self.state is not CLOSED:
             self.transport.end()
 
 
@@ -1176,7 +1182,7 @@ class Poller(threading.Thread):
     def _watch(self, connection: Connection) -> None:
         sock = connection.transport.sock
         with connection.lock:
-            if connection.state is State.CLOSED:
+            if connection.state is CLOSED:
                 if sock.fileno() >= 0:  # it may have been asked for twice
                     with contextlib.suppress(KeyError):
                         self.selector.unregister(sock)
@@ -1487,7 +1493,7 @@ class WebSocket(Subscriber):
                 if isinstance(item, bytes):
                     return item
                 self.connection.pause(self.delay)
-                if self.connection.state is State.CLOSING:
+                if self.connection.state is CLOSING:
                     return b""
                 self.delay = 0
                 item = self._take_apart(next(self.frames))
@@ -1503,7 +1509,7 @@ class WebSocket(Subscriber):
                 self._receive_frame(item)
             else:
                 return item
-            if self.delay > 0 or self.connection.state is State.CLOSING:
+            if self.delay > 0 or self.connection.state is CLOSING:
                 return item
             item = next(self.frames)
         return None
@@ -1847,7 +1853,7 @@ class HTTPHandler:
 
     def on_deadline(self, now: float) -> float | None:
         """End the connection when a request takes too long to come."""
-        if self.connection.state is State.ANSWERING:
+        if self.connection.state is ANSWERING:
             return now + 1
         if now < self.deadline:
             return self.deadline
@@ -1855,7 +1861,7 @@ class HTTPHandler:
                          "request_timeout", _CLOSE)
         begun = self.begun
         last = late.response().encode() if begun else b""
-        if self.connection.finish(last, only=State.READING) and begun:
+        if self.connection.finish(last, only=READING) and begun:
             self.server.refuse(self.connection.address, late)
         return None
 
@@ -1880,15 +1886,15 @@ class HTTPHandler:
             except HTTPError as error:
                 self.server.refuse(self.connection.address, error)
                 response = error.response()
-                if self.connection.state is State.READING:
-                    self._move(State.ANSWERING)
+                if self.connection.state is READING:
+                    self._move(ANSWERING)
             if not self._respond(request, response):
                 return None
             if self.charge and (delay := self.connection.charge(self.charge)):
                 self.connection.pause(delay)
             self.deadline = time.monotonic() + self.timeout
             self.begun = False
-            self._move(State.READING)
+            self._move(READING)
 
     def _move(self, to: State, head: bytes = b"", handler: Subscriber | None = None) -> None:
         if not self.connection.move(to, head, handler):
@@ -1909,7 +1915,7 @@ class HTTPHandler:
             if not (data := self.connection.read(4096)):
                 return None
             self.buffer += data
-        self._move(State.ANSWERING)
+        self._move(ANSWERING)
         head, self.buffer = self.buffer[:end], self.buffer[end + 4:]
         self.charge = 10 + len(head) / 100  # until it shows a good token
         request = decode_request(head)
@@ -1932,13 +1938,13 @@ class HTTPHandler:
             self.connection.put(Response(100).encode(whole=False))
         size = int(length)
         body = bytearray(self.buffer)
-        self._move(State.READING)
+        self._move(READING)
         while len(body) < size:
             self.connection.flush()
             if not (data := self.connection.read(_FULL_READ)):
                 raise ConnectionError("the body has not come")
             body += data
-        self._move(State.ANSWERING)
+        self._move(ANSWERING)
         self.buffer, self.unread = bytes(body[size:]), False
         return bytes(body[:size])
 
@@ -2015,7 +2021,7 @@ class HTTPHandler:
             self.connection, subscription.key, subscription.channels, self.buffer)
         self.server.admission.subscribe(self.connection)
         headers = {**response.headers, **self.cors}
-        self._move(State.SUBSCRIBED, Response(response.status, b"", headers).encode(whole=False),
+        self._move(SUBSCRIBED, Response(response.status, b"", headers).encode(whole=False),
                    subscriber)
         return subscriber
 
@@ -2626,11 +2632,11 @@ class Server(socketserver.ThreadingTCPServer):
     def _end_connections(self, deadline: float, time_to_cut: float) -> None:
         # Each step takes as long as there is anything to wait for, and time.
         patience = deadline - time_to_cut
-        working = State.ANSWERING, State.SUBSCRIBED
+        working = ANSWERING, SUBSCRIBED
         self._wait_until_none(lambda c: c.busy and c.state in working, patience)
         for connection in self.admission.connections():
             handler = connection.handler
-            if connection.state is State.SUBSCRIBED and isinstance(handler, Subscriber):
+            if connection.state is SUBSCRIBED and isinstance(handler, Subscriber):
                 handler.end(CloseReason.GOING_AWAY, "server is shutting down", patience=patience)
         self._wait_until_none(lambda c: isinstance(c.handler, Subscriber), patience)
         for connection in self.admission.connections():
