@@ -892,13 +892,7 @@ class Connection:
         subscriber sends to a server that is stopping is taken and dropped.
         """
         while True:
-            self.busy = False
-            if busy_threads := self.server.busy_threads:
-                busy_threads.discard(self)
-            self.transport.wait()
-            if busy_threads:
-                busy_threads.add(self)
-            self.busy = True
+            self.wait()
             drop = self.server.stopping.is_set() and self.state is SUBSCRIBED
             data = self.transport.receive(size)
             self.bytes_received += len(data)
@@ -907,6 +901,16 @@ class Connection:
             self.last_received = time.monotonic()
             if not drop:
                 return data
+
+    def wait(self) -> None:
+        """Wait until there is something to read."""
+        self.busy = False
+        if busy_threads := self.server.busy_threads:
+            busy_threads.discard(self)
+        self.transport.wait()
+        if busy_threads:
+            busy_threads.add(self)
+        self.busy = True
 
     def pause(self, seconds: float) -> None:
         """Let the peer wait. Raises ConnectionError where it hangs up meanwhile.
@@ -946,8 +950,10 @@ class Connection:
         abort() where a peer takes too long.
         """
         with contextlib.suppress(OSError):
-            while self.transport.sock.recv(4096):
-                pass
+            while True:
+                self.wait()
+                if not self.transport.sock.recv(4096):
+                    break
 
     def close(self) -> None:
         """Close the socket; the last act of its thread.
@@ -2578,9 +2584,6 @@ class Server(socketserver.ThreadingTCPServer):
             if isinstance(connection.handler, Subscriber):
                 connection.handler.leave()
             connection.finish()
-            connection.busy = False
-            if self.busy_threads:
-                self.busy_threads.discard(connection)
             connection.drain()
         finally:
             try:
@@ -2590,6 +2593,8 @@ class Server(socketserver.ThreadingTCPServer):
                     self.poller.forget(connection)
                 finally:
                     self.admission.remove(connection)
+                    if self.busy_threads:
+                        self.busy_threads.discard(connection)
 
     def refuse(self, address: str, error: HTTPError) -> None:
         """Count a refusal, and log it once in a while for each address."""
