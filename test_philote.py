@@ -1776,7 +1776,7 @@ def test_the_counters_are_exact_and_never_go_down_when_many_threads_publish(serv
             reader.receive()
         wait_until(lambda: subscriber_count(server) == 2 and not pending_count(server))
         seen.append(totals(server))
-    exact = {"received": 2000, "published": 1200, "bad_messages": 400, "forbidden": 400,
+    exact = {"received": 2000, "published": 1200, "bad_message": 400, "forbidden": 400,
              "delivered": 2400, "connections": 82}
     assert {name: seen[-1][name] for name in exact} == exact
     for name in (*exact, "bytes_received", "bytes_sent"):
@@ -2451,7 +2451,7 @@ def test_who_sends_what_is_refused_is_read_later(server, sent):
     with RawClient(server, ["a"]) as reader, RawClient(server, write=["a"]) as busy, \
             RawClient(server, write=["a"]) as calm:
         busy.send(sent + text("a", "late"))
-        wait_until(lambda: totals(server)["bad_messages"] + totals(server)["forbidden"] > 90)
+        wait_until(lambda: totals(server)["bad_message"] + totals(server)["forbidden"] > 90)
         calm.publish("a", "in time")
         assert reader.receive_data(2) == ["in time", "late"]
 
