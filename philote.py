@@ -2371,10 +2371,11 @@ class BackgroundHandler(logging.handlers.QueueHandler):
 
     lost = 0  # lines; a number that may be too low by a few where two threads lose at once
 
-    def __init__(self, stream: Any) -> None:
+    def __init__(self, descriptor: int) -> None:
         self.lines: queue.Queue[Any] = queue.Queue(1000)
         super().__init__(self.lines)
-        self.stream = stream
+        # Not a stream: the lock of one that nobody reads would hold up the end of the process.
+        self.descriptor = descriptor
         threading.Thread(target=self._write, name="philote-log", daemon=True).start()
 
     def enqueue(self, record: logging.LogRecord) -> None:
@@ -2393,9 +2394,9 @@ class BackgroundHandler(logging.handlers.QueueHandler):
     def _write(self) -> None:
         while True:
             record = self.lines.get()
-            with contextlib.suppress(Exception):
-                self.stream.write(record.getMessage() + "\n")  # formatted by QueueHandler.prepare
-                self.stream.flush()
+            line = record.getMessage() + "\n"  # formatted by QueueHandler.prepare()
+            with contextlib.suppress(OSError):
+                os.write(self.descriptor, line.encode(errors="backslashreplace"))
             self.lines.task_done()
 
 
@@ -3223,7 +3224,7 @@ def _serve(_: argparse.Namespace) -> int:
 def _configure_log(settings: Settings) -> BackgroundHandler:
     logging.Formatter.converter = time.gmtime
     logging.logThreads = False  # to know a thread's name, an object is made for it, and kept
-    handler = BackgroundHandler(sys.stderr)
+    handler = BackgroundHandler(sys.stderr.fileno() if sys.stderr else -1)
     handler.setFormatter(logging.Formatter(
         "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
     logging.basicConfig(level=_LEVELS[settings.loglevel], handlers=[handler])

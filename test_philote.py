@@ -3464,6 +3464,55 @@ def test_what_the_module_offers_is_there():
         assert issubclass(error, philote.PhiloteError)
 
 
+# A hostile server
+
+@pytest.fixture
+def impatient(monkeypatch):
+    """Let a client give up soon."""
+    monkeypatch.setattr(philote, "_ANSWER_TIME", 0.5)  # internal
+
+
+@pytest.mark.parametrize("answer", [b"", b"HTTP/1.1 101 Swit", b"HTTP/1.1 401 No\r\nContent-Le"])
+def test_a_server_that_does_not_answer_is_an_oserror_in_time(impatient, answer):
+    over = threading.Event()
+    with answering(lambda end: end.send(answer) or over.wait(PATIENCE)) as url:
+        with pytest.raises(TimeoutError, match="does not answer"):
+            philote.Client(url)
+        over.set()
+
+
+def test_a_server_that_pings_for_ever_does_not_hold_up_close(impatient):
+    def script(end):
+        end.send(end.upgrade)
+        while True:
+            end.send(plain(9), b"")
+
+    with answering(script) as url:
+        philote.Client(url).close()
+
+
+def test_a_message_over_the_clients_limit_closes_with_1009(monkeypatch):
+    monkeypatch.setattr(philote.Client, "max_message_size", 1000)
+    with answering(lambda end: end.work(plain(1, stamped("x")), plain(1, "y" * 5000))) as url:
+        with philote.Client(url) as client:
+            assert client.receive(PATIENCE).data == "x"
+            assert close_code(client.receive, PATIENCE) == 1009
+
+
+@pytest.mark.parametrize("sent", ["5", "null", "[]", "{", "[" * 100_000, '"text"'], ids=short)
+def test_what_no_server_sends_closes_the_connection(sent):
+    with answering(lambda end: end.work(plain(1, sent))) as url, philote.Client(url) as client:
+        assert close_code(client.receive, PATIENCE) == 1006
+
+
+def test_a_reason_cannot_give_orders_to_a_terminal():
+    body = json.dumps({"error": "x", "reason": "\x1b[31mred\u202etfel\r\n"}).encode()
+    head = b"HTTP/1.1 403 Forbidden\r\nContent-Length: %d\r\n\r\n" % len(body)
+    with answering(lambda end: end.send(head + body)) as url:
+        line = fails("publish", "a", "x", "--url", url, says="red")
+    assert not re.search("[\x1b\u202e\r]", line)
+
+
 # ------------------------------------------------------------------------------------- command line
 
 SETTINGS = (
@@ -3611,6 +3660,44 @@ def test_it_starts_again_on_the_same_port_at_once():
         with serving(PORT=str(port_of(server))) as server, RawClient(server):
             server.kill()
             server.end()
+
+
+def test_nobody_waits_for_standard_error_that_is_not_read():
+    read, write = os.pipe()
+    environ = {"PATH": os.environ["PATH"], "SECRET": SECRET, "HOST": "127.0.0.1", "PORT": "0"}
+    with subprocess.Popen([*SCRIPT, "serve"], cwd=HERE, stderr=write, env=environ) as server:
+        os.close(write)
+        first = os.read(read, 4096).decode()
+        server.server_address = ("127.0.0.1", int(re.search(r" port ([0-9]+)", first)[1]))
+        for _ in range(500):  # each writes two lines of more than 80 bytes; a pipe holds 64 KiB
+            RawClient(server, ["a"]).close()
+        assert is_served(server)
+        server.send_signal(signal.SIGTERM)
+        assert server.wait(PATIENCE) == 0
+    os.close(read)
+
+
+def test_sighup_ends_nothing():
+    with serving() as server, RawClient(server, ["a"]) as client:
+        server.send_signal(signal.SIGHUP)
+        wait_until(lambda: server.says("SIGHUP"))
+        assert client.is_quiet() and is_served(server)
+
+
+@pytest.mark.full
+def test_a_server_without_memory_ends_by_itself_or_when_it_is_told():
+    limit = ("import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_AS, (4 << 26,) * 2);"
+             "sys.argv = ['philote', 'serve']; runpy.run_path('philote.py', run_name='__main__')")
+    bomb = frame(1, '{"channel": "a", "data": %s' % ("[[]," * 200_000))
+    for _ in range(5):
+        with serving(["-c", limit], launcher=[sys.executable]) as server:
+            with contextlib.suppress(OSError, TypeError, AssertionError), \
+                    contextlib.ExitStack() as stack:
+                for _ in range(30):
+                    client = stack.enter_context(RawClient(server, write=["a"]))
+                    client.send(bomb)
+            server.send_signal(signal.SIGTERM)
+            server.wait(20)
 
 
 # philote token
