@@ -960,6 +960,7 @@ def full_connection(server):
     """A connection whose socket is full, and its other end."""
     ours, theirs = socket.socketpair()
     connection = philote.Connection(server, ours, "x")
+    connection.state = philote.SUBSCRIBED
     while not connection.full:
         connection.put(b"x" * 50_000)
         connection.flush()
