@@ -677,7 +677,7 @@ class BusyThreads:
 
     def __init__(self) -> None:
         self.connections: set[Connection] = set()  # set.add and set.discard are thread-safe
-        self.least, self.most = 0, self.FEW  # the numbers for which the present interval is right
+        self._adjust()
 
     def add(self, connection: Connection) -> None:
         """Count a thread that has work."""
@@ -693,6 +693,7 @@ class BusyThreads:
 
     def _adjust(self) -> None:
         # Two threads may do this at a time; whichever is the last, its number is nearly right.
+        # The numbers for which the interval is right: those from `least` to `most`.
         count = len(self.connections)
         self.most = max(self.FEW, 2 * count)
         self.least = count // 2 if count > self.FEW else 0
@@ -1555,7 +1556,7 @@ class WebSocket(Subscriber):
         self.batch.flush()
         self.connection.put(encode_frame(Opcode.TEXT, encode_error(code, reason)))
         # To find a megabyte bad takes 30 ms in which nobody else can do anything.
-        self.delay = max(self.connection.charge(1 + size / 10_000),
+        self.delay = max(self.connection.charge(1 + size / 5_000),
                          self.connection.rate.take(_REFUSED_COST))
 
     def flush(self) -> None:
