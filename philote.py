@@ -612,11 +612,13 @@ class Transport:
 
     def receive(self, size: int) -> bytes:
         """Read what has come, behind wait(); b"" is the end."""
+        if size > _FULL_READ:
+            return self.sock.recv(size)
         try:
             buffer = _buffers.pop()
         except IndexError:
             buffer = _make_buffer()
-        count = _recv(self.descriptor, buffer, min(size, _FULL_READ), _DONTWAIT)
+        count = _recv(self.descriptor, buffer, size, _DONTWAIT)
         data: bytes = buffer[:max(count, 0)]
         _buffers.append(buffer)
         return data if count >= 0 else self.sock.recv(size)  # which raises the error, if it lasts
@@ -754,10 +756,8 @@ class Connection:
         "last_received", "rate", "credit", "received", "published", "delivered",
         "bytes_received", "bad_message", "forbidden", "__weakref__")
 
-    _numbers = itertools.count(1)  # next() is atomic; used by the accepting thread alone
-
     def __init__(self, server: Server, sock: socket.socket, address: str) -> None:
-        self.number = next(self._numbers)
+        self.number = next(server.numbers)
         self.server = server
         self.transport = Transport(sock)
         self.address = address
@@ -1348,12 +1348,14 @@ class Subscriber:
 
     encode: Encoder
 
-    def __init__(self, connection: Connection, key: AccessKey, channels: Iterable[str]) -> None:
+    def __init__(self, connection: Connection, key: AccessKey, channels: Iterable[str],
+                 rest: bytes) -> None:
         self.connection = connection
         self.server = connection.server
         self.id = str(uuid.uuid4())
         self.key = key
         self.channels = channels  # to join, and then those that it has joined
+        self.rest = rest  # what came behind the request, at first
 
     def run(self) -> None:
         """Serve the connection until it ends. Its own thread."""
@@ -1400,8 +1402,8 @@ class Subscriber:
     # Any thread
 
     def encode_end(self, code: int, reason: str) -> bytes:
-        """Encode the last words to the client."""
-        raise NotImplementedError
+        """Encode the last words to the client; an event stream has none."""
+        return b""
 
     def end(self, code: int, reason: str, discard: bool = False, patience: float = 0.0) -> bool:
         """Leave the channels and begin to close the connection; False where it is closing."""
@@ -1434,8 +1436,7 @@ class WebSocket(Subscriber):
 
     def __init__(self, connection: Connection, key: AccessKey, channels: Iterable[str],
                  rest: bytes) -> None:
-        super().__init__(connection, key, channels)
-        self.rest = rest  # what came behind the request, at first
+        super().__init__(connection, key, channels, rest)
         self.frames = read_frames(self.server.settings.max_message_size)
         next(self.frames)  # it stands where it needs bytes
         self.read_size = max(self.server.settings.read_buffer_size, _FULL_READ)
@@ -1653,10 +1654,6 @@ class EventStream(Subscriber):
     encode = staticmethod(
         lambda payloads: b"".join([b"data: %b\n\n" % payload for payload in payloads]))
 
-    def __init__(self, connection: Connection, key: AccessKey, channels: Iterable[str],
-                 rest: bytes) -> None:
-        super().__init__(connection, key, channels)
-
     def serve(self) -> None:
         """Wait for the client to go away; it has nothing to say."""
         while self.connection.read(1024):
@@ -1670,10 +1667,6 @@ class EventStream(Subscriber):
         self.connection.put(b":\n\n")
         self.connection.flush()
         return now + interval
-
-    def encode_end(self, code: int, reason: str) -> bytes:
-        """Encode the end of the stream: there is nothing to say."""
-        return b""
 
 
 # --------------------------------------------------------------------------------------------- HTTP
@@ -1956,7 +1949,7 @@ class HTTPHandler:
                 raise HTTPError(403, f"the token may not write the channel {_shown(channel)}")
         if self.server.stopping.is_set():
             raise HTTPError(503, "the server is shutting down", "shutting_down")
-        if delay := connection.rate.take(len(messages)):
+        if delay := connection.rate.take(sum(1 + (len(data) >> 14) for _, data in messages)):
             connection.flush()
             connection.pause(delay)
         issuer = str(uuid.uuid4())
@@ -2439,6 +2432,7 @@ class Server(socketserver.ThreadingTCPServer):
     def __init__(self, settings: Settings = Settings()) -> None:
         self.settings = settings
         self.started = time.monotonic()
+        self.numbers = itertools.count(1)  # of the connections; the accepting thread's
         self.stopping = threading.Event()
         self.stopped = threading.Event()
         self.failure: BaseException | None = None
@@ -3118,16 +3112,15 @@ def _make_parser() -> argparse.ArgumentParser:
         return added
 
     add("serve", _serve, "serve; what philote does without a command")
-    token = add("token", _token, "print a token signed with SECRET, or check one")
-    token.add_argument("--read", type=_parse_names, default=[], metavar="A,B",
-                       help="channels that it may read")
-    token.add_argument("--write", type=_parse_names, default=[], metavar="A,B",
-                       help="channels that it may write")
-    token.add_argument("--expires", type=_parse_duration, metavar="1h",
-                       help="how long it is valid (default: for ever)")
-    token.add_argument("--api", action="store_true", help="also open /api/info and /metrics")
-    token.add_argument("--check", metavar="TOKEN",
-                       help="say what a token allows instead; - reads it from standard input")
+    option = add("token", _token, "print a token signed with SECRET, or check one").add_argument
+    for right in "read", "write":
+        option(f"--{right}", type=_parse_names, default=[], metavar="A,B",
+               help=f"channels that it may {right}")
+    option("--expires", type=_parse_duration, metavar="1h",
+           help="how long it is valid (default: for ever)")
+    option("--api", action="store_true", help="also open /api/info and /metrics")
+    option("--check", metavar="TOKEN",
+           help="say what a token allows instead; - reads it from standard input")
     subscribe = add("subscribe", _subscribe, "print the messages of channels, a line each")
     subscribe.add_argument("channels", nargs="+", metavar="CHANNEL")
     subscribe.add_argument("--json", action="store_true", help="print the whole message as JSON")
@@ -3158,7 +3151,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print(error, file=sys.stderr)
         status = 2
     except (PhiloteError, OSError) as error:
-        _tell(str(error))
+        where = isinstance(error, OSError) and "url" in parsed
+        _tell((f"{_without_token(parsed.url)}: " if where else "") + str(error))
         status = 1
     sys.exit(status)
 
@@ -3176,6 +3170,10 @@ def _print(text: str) -> None:
 
 def _tell(text: str) -> None:
     print(f"philote: {_on_one_line(text)}", file=sys.stderr)
+
+
+def _without_token(url: str) -> str:
+    return re.sub("//[^/?]*@", "//", url.partition("?")[0])
 
 
 def _on_one_line(text: str) -> str:
@@ -3324,7 +3322,8 @@ def _subscribe(arguments: argparse.Namespace) -> int:
         try:
             with _connect(arguments, read=arguments.channels) as client:
                 pause = 0.5
-                _tell(f"connected to {arguments.url}, following {', '.join(arguments.channels)}")
+                _tell(f"connected to {_without_token(arguments.url)}, following "
+                      f"{', '.join(arguments.channels)}")
                 for message in client:
                     if message.channel in arguments.channels:
                         _print(json.dumps(message._asdict()) if arguments.json else
@@ -3335,7 +3334,7 @@ def _subscribe(arguments: argparse.Namespace) -> int:
         except (Unauthorized, ConnectionClosed, OSError) as error:
             if isinstance(error, Unauthorized) and error.status < 500:
                 raise
-            _tell(f"{arguments.url}: {error}; trying again in {pause:g} seconds")
+            _tell(f"{_without_token(arguments.url)}: {error}; trying again in {pause:g} seconds")
         time.sleep(pause)
         pause = min(2 * pause, 30)
 

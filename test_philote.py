@@ -58,6 +58,8 @@ HERE = Path(__file__).resolve().parent
 SECRET = "a secret of the tests, long enough for every algorithm that there is, as RFC 7518 wants"
 NONCE = "dGhlIHNhbXBsZSBub25jZQ=="
 PATIENCE = 15  # seconds that anything may take on a busy machine
+# A shell that runs the tests in the background lets them ignore it; the commands inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 # ------------------------------------------------------------------------------------------ helpers
@@ -374,6 +376,21 @@ def test_bad_settings_are_reported_together():
             {"PORT": "x", "LOGLEVEL": "y", "CHECK_ORIGIN": "z", "HOST": "fine"})
     assert [line.partition(":")[0] for line in str(caught.value).split("\n")] == [
         "PORT", "LOGLEVEL", "CHECK_ORIGIN"]
+
+
+def test_the_readmes_table_and_the_help_name_every_setting_and_its_default(capsys):
+    rows = re.findall(r"(?m)^\| `([A-Z_]+)` \| ([^|]+) \|", (HERE / "README.md").read_text())
+    fields = philote.dataclasses.fields(philote.Settings)
+    shown = {"": ("empty", "all interfaces"), False: ("false",)}
+    assert sorted(name for name, _ in rows) == sorted(field.name.upper() for field in fields)
+    for name, default in rows:
+        value = getattr(philote.Settings(), name.lower())
+        assert default in shown.get(value, ()) or default == str(value), name
+    with pytest.raises(SystemExit):
+        philote.main(["serve", "--help"])
+    said = capsys.readouterr().out
+    for field in fields:
+        assert field.name.upper() in said and field.metadata["allowed"] in said
 
 
 def test_settings_do_not_show_the_secret():
@@ -2420,12 +2437,14 @@ def test_a_server_that_cannot_listen_leaves_no_descriptor(server):
 def test_no_cycle_of_references_is_left_by_a_connection(server, without_gc):
     kinds = (philote.Connection, philote.WebSocket, philote.EventStream, philote.HTTPHandler,
              philote.simple_websocket.Server)
+    before = {id(item) for item in gc.get_objects() if isinstance(item, kinds)}  # of other tests
     for _ in range(3):
         RawClient(server, ["a"]).close()
         with Follower(server) as follower:
             follower.sock.shutdown(socket.SHUT_RDWR)
         call(server, "GET", "/health")
-    wait_until(lambda: not [o for o in gc.get_objects() if isinstance(o, kinds)])
+    wait_until(lambda: before >= {
+        id(item) for item in gc.get_objects() if isinstance(item, kinds)})
 
 
 # ------------------------------------------------------------------------------------------ attacks
