@@ -1258,8 +1258,7 @@ class Channels:
                 groups.get(subscriber.encode, {}).pop(subscriber.connection, None)
                 if not any(groups.values()):
                     self.joined.pop(name, None)
-        with self.lock:
-            self.issuers.pop(subscriber.id, None)
+                self.issuers.pop(subscriber.id, None)
 
     def deliver(self, name: str, payloads: Sequence[bytes], issuer: str,
                 touched: dict[Connection, Any]) -> int:

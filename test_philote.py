@@ -920,7 +920,7 @@ def test_many_sockets_that_become_writable_at_once_are_all_written():
 @pytest.fixture
 def unserved():
     """A server that listens and does not serve; its poller runs when it is started by hand."""
-    server = philote.Server(philote.Settings(host="127.0.0.1", port=0))
+    server = philote.Server(philote.Settings(host="127.0.0.1", port=0, shutdown_timeout=0.3))
     yield server
     server.stop()
 
@@ -1031,6 +1031,50 @@ def test_what_is_put_while_the_poller_writes_is_written_too(unserved):
         connection.resume()
         assert not connection.pending and not connection.size
         assert read_what_is_there(theirs).endswith(b"xlate")
+
+
+# Who waits for which lock: what it guards is said where it is made.
+
+LOCKED = {
+    "connection": (lambda s, c, w: c.lock, [
+        lambda s, c, w: c.move(philote.SUBSCRIBED), lambda s, c, w: c.finish(b"x"),
+        lambda s, c, w: c.abort(), lambda s, c, w: c.evict(), lambda s, c, w: c.resume(),
+        lambda s, c, w: c.close(), lambda s, c, w: s.poller._watch(c)]),
+    "poller": (lambda s, c, w: s.poller.lock, [
+        lambda s, c, w: s.poller.watch(c), lambda s, c, w: s.poller.call_at(c, 1e9),
+        lambda s, c, w: s.poller.forget(c), lambda s, c, w: s.poller._serve_requests(),
+        lambda s, c, w: s.poller._take_due(0.0)]),
+    "channels": (lambda s, c, w: s.channels.lock, [
+        lambda s, c, w: len(s.channels), lambda s, c, w: s.channels.join(w, ["a"]),
+        lambda s, c, w: s.channels.leave(w, ["a"]),
+        lambda s, c, w: s.channels.deliver("a", [b"x"], w.id, {})]),
+    "admission": (lambda s, c, w: s.admission.lock, [
+        lambda s, c, w: s.admission.admit(c), lambda s, c, w: s.admission.renew(c),
+        lambda s, c, w: s.admission.subscribe(c), lambda s, c, w: s.admission.leave(c),
+        lambda s, c, w: s.admission.remove(c), lambda s, c, w: s.admission.connections(),
+        lambda s, c, w: s.admission.totals(), lambda s, c, w: s.stop()]),
+    "metrics": (lambda s, c, w: s.metrics.lock, [
+        lambda s, c, w: s.metrics.count("x"), lambda s, c, w: s.metrics.refuse("x"),
+        lambda s, c, w: s.metrics.totals(), lambda s, c, w: s.metrics.render()]),
+    "log limit": (lambda s, c, w: s.log_limit.lock, [lambda s, c, w: s.log_limit.may_log("x")]),
+}
+
+
+@pytest.mark.parametrize("name", LOCKED)
+def test_whoever_shares_something_waits_for_the_lock_that_guards_it(unserved, name):
+    lock_of, calls = LOCKED[name]
+    for call in calls:
+        ours, theirs = socket.socketpair()
+        connection = philote.Connection(unserved, ours, "x")
+        websocket = philote.WebSocket(connection, philote.AccessKey(), ["a"], b"")
+        with ours, theirs:
+            with lock_of(unserved, connection, websocket):
+                thread = threading.Thread(target=call, args=(unserved, connection, websocket))
+                thread.start()
+                thread.join(0.1)
+                assert thread.is_alive(), "it did not wait"
+            thread.join(PATIENCE)
+            assert not thread.is_alive()
 
 
 # -------------------------------------------------------------------------------------- subscribers
@@ -2591,6 +2635,19 @@ def test_a_parameter_that_means_nothing_is_named(server, path, named):
     status, _, body = call(server, method, path, b'{"channel": "a"}' if method == "POST" else None,
                            make_token(["a"], ["a"], api=True))
     assert status == 400 and named in json.loads(body)["reason"].replace("\\", "")
+
+
+def test_those_who_send_more_than_is_read_take_turns(server, monkeypatch):
+    monkeypatch.setattr(philote, "_FULL_READ", 1000)
+    with RawClient(server, ["a"]) as reader, RawClient(server, write=["a"]) as calm, \
+            RawClient(server, write=["a"]) as busy:
+        with server.turn:
+            before = totals(server)["bytes_received"]
+            busy.send(text("a", "busy") * 40)
+            wait_until(lambda: totals(server)["bytes_received"] >= before + 1000)
+            calm.publish("a", "calm")  # a read that is not full needs no turn
+            assert reader.receive()["data"] == "calm" and totals(server)["published"] == 1
+        assert reader.receive_data(40) == ["busy"] * 40
 
 
 # ------------------------------------------------------------------------------------------ fuzzing
