@@ -1628,7 +1628,7 @@ def test_a_request_that_does_not_come_to_its_end_is_cut_off(caplog):
                 answer = read_response(file)
                 assert (answer and answer[0]) == expected and read_response(file) is None, begin
             assert expected != 408 or error_of(answer) == (408, "request_timeout")
-        assert refusals(server) == {"request_timeout": 4}
+        wait_until(lambda: refusals(server) == {"request_timeout": 4})
 
 
 def test_a_request_that_drips_is_cut_off(caplog):
