@@ -299,6 +299,11 @@ def restless():
     sys.setswitchinterval(interval)
 
 
+def is_back_at(server, before):
+    """Whether nothing is left; there may be less, where an earlier test had left something."""
+    return all(now <= was for now, was in zip(footprint(server), before))
+
+
 @pytest.fixture
 def without_gc():
     """Keep the garbage collector from taking what was forgotten."""
@@ -314,13 +319,14 @@ def undisturbed(server, caplog):
     caplog.set_level(logging.DEBUG, "philote")
     with RawClient(server, read=["by"]) as bystander, RawClient(server, write=["by"]) as publisher:
         wait_until(lambda: subscriber_count(server) == 2 and not pending_count(server))
+        gc.collect()
         before = footprint(server)
         publisher.publish("by", "before")
         yield
         publisher.publish("by", "after")
         assert bystander.receive_data(2) == ["before", "after"]
         assert is_served(server)
-        wait_until(lambda: footprint(server) == before, f"{before} (now {footprint(server)})")
+        wait_until(lambda: is_back_at(server, before), f"{before} (now {footprint(server)})")
     assert "Traceback" not in caplog.text
     assert "eyJ" not in caplog.text, "a token in the log"
 
@@ -2276,7 +2282,7 @@ def test_churn_leaves_nothing_behind(full):
                     writer.publish("a", data)
                     assert steady.receive()["data"] == data
             if i in (rounds // 4, rounds - 1):
-                wait_until(lambda: footprint(server) == before)
+                wait_until(lambda: is_back_at(server, before))
                 memory.append(int(statm.read_text().split()[1]) if statm.exists() else 1)
         assert memory[-1] <= memory[0] * 1.1, memory
 
@@ -3184,7 +3190,7 @@ def test_a_client_that_ended_says_so_and_leaves_no_thread_and_no_descriptor(serv
             refused.append(caught)
         for client in clients:
             client.close()
-        wait_until(lambda: footprint(server) == before, f"the footprint {before}")
+        wait_until(lambda: is_back_at(server, before), f"the footprint {before}")
     assert close_code(clients[0].receive) == close_code(clients[0].publish, "a", "x") == 1000
     clients[0].close()
 
