@@ -35,13 +35,12 @@ The threads, and what each may wait for:
 
 The locks, in the order in which they may be taken while another is held:
 
+    Server.turn      held by a thread that works on much input, see WebSocket.read_messages
     Admission.lock   which connections there are, how many, what the gone ones counted
     Channels.lock    who has joined what; the order of all messages. No system call is made under it
     Connection.lock  a connection's state, its queue, each write to its socket, and its close
     Poller.lock      what the poller is to do next
     Metrics.lock, LogLimit.lock  a few counters; nothing else is taken under them
-    Server.turn      held by a thread that works on a full read, see WebSocket.read_messages; taken
-                     while no other is held
 
 A connection is in one state at a time; see State below for the table, and Connection.move() for
 the one place where it changes.
@@ -204,7 +203,7 @@ class Settings:
     max_queue_size: int = _setting(1 << 20, _SIZE, "bytes that may wait for one subscriber")
     max_message_rate: float = _setting(0, _RATE, "messages a second from one connection")
     read_buffer_size: int = _setting(
-        1024, _SIZE, "bytes that are read at a time; up to 64 KiB are where they have come")
+        1024, _SIZE, "bytes that are read at a time; up to 64 KiB are read anyway")
     write_buffer_size: int = _setting(
         1024, _SIZE, "bytes for one subscriber that are gathered before they are written, at "
         "first; more under load")
@@ -270,6 +269,11 @@ class AccessKey(NamedTuple):
     write: frozenset[str] = frozenset()
     expires: float | None = None  # seconds since the epoch
     api: bool = False  # whether it may see what the server is doing
+
+    @property
+    def expired(self) -> bool:
+        """Whether its time is over."""
+        return self.expires is not None and time.time() >= self.expires
 
     def may_read(self, channel: str) -> bool:
         """Whether its bearer may subscribe to a channel."""
@@ -478,8 +482,9 @@ def unmask(mask: bytes, payload: bytes) -> bytes:
         size, "little")
 
 
-# By the 7 bits of the length field: the least size that may be written so. A size must be written
-# in its shortest form.
+# By the 7 bits of the length field: the size of the head, mask included; the least size that may be
+# written so, for a size must be written in its shortest form.
+_HEAD_SIZE = [6] * 126 + [8, 14]
 _LEAST = [0] * 126 + [126, 65536]
 
 
@@ -499,9 +504,29 @@ def _gather(part: bytes, size: int) -> Generator[None, bytes, bytes]:
     return bytes(buffer)
 
 
-def _decode_text(parts: bytearray) -> str:
+class _Fragments:
+    """The message whose fragments are under way (RFC 6455, section 5.4)."""
+
+    def __init__(self) -> None:
+        self.opcode = 0  # of the first of them; 0 where there is none
+        self.payload = bytearray()
+
+    def add(self, first: int, payload: bytes) -> str | Frame:
+        """Add a fragment; returns the message behind the last. Raises FrameError."""
+        if bool(first & 15) is bool(self.opcode):  # a beginning in the middle, or the reverse
+            raise FrameError(CloseReason.PROTOCOL_ERROR, "fragments out of order")
+        self.opcode = self.opcode or first & 15
+        self.payload += payload
+        if not first & 0x80:
+            return Frame(Opcode.CONTINUATION, b"")
+        opcode, message = self.opcode, bytes(self.payload)
+        self.opcode, self.payload = 0, bytearray()
+        return _decode(message) if opcode == Opcode.TEXT else Frame(Opcode.BINARY, message)
+
+
+def _decode(text: bytes) -> str:
     try:
-        return parts.decode()
+        return text.decode()
     except UnicodeDecodeError:
         raise FrameError(CloseReason.INVALID_FRAME_PAYLOAD_DATA, "text not UTF-8") from None
 
@@ -510,56 +535,42 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
     """Take a client's bytes apart; a coroutine without any input or output of its own.
 
     It yields a str for a text message, a Frame for any other frame that is in order, bytes for
-    what simple-websocket has to judge (from a broken frame on, or one close frame), and None when
-    it needs more bytes, given to it by send(). Raises FrameError.
+    what simple-websocket has to judge (all from a broken frame on, or one close frame), and None
+    when it needs more bytes, given to it by send(). Raises FrameError.
     """
-    data, at = b"", 0
-    # The message whose fragments are under way (section 5.4): its opcode (0: none), their bytes.
-    opcode, parts, message_size = 0, bytearray(), 0
+    data, at, fragments = b"", 0, _Fragments()
     while True:
         have = len(data) - at
-        size = data[at + 1] & 0x7F if have >= 2 else 0
-        head = 6 if size < 126 else 8 if size == 126 else 14
-        if have < head - 4:
-            rest, data = data[at:], b""  # nothing big is held while it waits
+        second = data[at + 1] if have >= 2 else 0
+        body = at + _HEAD_SIZE[second & 0x7F]
+        if have < body - 4 - at:  # all but the mask, which is not needed to judge
+            rest, data, payload = data[at:], b"", b""  # nothing big is held while it waits
             data, at = rest + (yield None), 0
             continue
-        first, second = data[at], data[at + 1]
+        first, size = data[at], second & 0x7F
         if size >= 126:
-            size = int.from_bytes(data[at + 2:at + head - 4], "big")
+            size = int.from_bytes(data[at + 2:body - 4], "big")
         if not _is_well_formed(first, second, size):
-            yield data[at:]
-            data, at = (yield None), 0
+            rest = data[at:]
+            while True:
+                yield rest
+                rest = yield None
+        if not first & 8 and len(fragments.payload) + size > max_message_size:
+            raise FrameError(CloseReason.MESSAGE_TOO_BIG, "message too big")
+        start, at = at, body + size
+        if at > len(data):
+            data = yield from _gather(data[start:], at - start)
+            start, body, at = 0, body - start, at - start
+        if first == 0x80 | Opcode.CLOSE:
+            yield data[start:at]
             continue
-        if not first & 8:
-            message_size += size
-            if message_size > max_message_size:  # its payload has not been read yet
-                raise FrameError(CloseReason.MESSAGE_TOO_BIG, "message too big")
-        end = at + head + size
-        if end > len(data):
-            data, at, end = (yield from _gather(data[at:], end - at)), 0, end - at
-        body, start, at = at + head, at, end
-        if first == 0x80 | Opcode.TEXT and not opcode:
-            message_size = 0
-            try:
-                yield unmask(data[body - 4:body], data[body:end]).decode()
-            except UnicodeDecodeError:
-                yield data[start:end]
-        elif first == 0x80 | Opcode.CLOSE:
-            yield data[start:end]
-        elif first & 8:
-            yield Frame(first & 15, unmask(data[body - 4:body], data[body:end]))
+        payload = unmask(data[body - 4:body], data[body:at])
+        if first & 8:
+            yield Frame(first & 15, payload)
+        elif first == 0x80 | Opcode.TEXT and not fragments.opcode:
+            yield _decode(payload)
         else:
-            if bool(first & 15) is bool(opcode):  # a beginning in the middle, or the reverse
-                raise FrameError(CloseReason.PROTOCOL_ERROR, "fragments out of order")
-            opcode = opcode or first
-            parts += unmask(data[body - 4:body], data[body:end])
-            if not first & 0x80:
-                yield Frame(Opcode.CONTINUATION, b"")
-                continue
-            yield _decode_text(parts) if opcode & 15 == Opcode.TEXT else Frame(
-                Opcode.BINARY, bytes(parts))
-            opcode, parts, message_size = 0, bytearray(), 0
+            yield fragments.add(first, payload)
 
 
 # ---------------------------------------------------------------------------------------- transport
@@ -576,7 +587,8 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
 _DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
 _BUFFERS_PER_WRITE = 64  # in one system call; every system has room for more (IOV_MAX is 1024)
 _LARGEST_HELD_SEND = 32768  # bytes; to copy more takes so long that others may have the lock
-_FULL_READ = 65536  # bytes; who sends faster than it is read takes turns, see Server.turn
+_FULL_READ = 65536  # bytes
+_LARGE_READ = 4096  # bytes; who sends so much at a time takes turns, see Server.take_turn()
 _INTERPRETER_LOCK: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 try:
@@ -598,7 +610,7 @@ _buffers: collections.deque[Any] = collections.deque(maxlen=8)
 
 
 class Transport:
-    """A TCP socket: read by one thread, written by any, with no call but wait() that waits."""
+    """A TCP socket: read by one thread, written by any. wait() waits, and no other call has to."""
 
     __slots__ = ("sock", "descriptor")
 
@@ -646,7 +658,7 @@ class Transport:
         try:
             return int(struct.unpack("i", fcntl.ioctl(
                 self.sock, termios.TIOCOUTQ, b"\0\0\0\0"))[0])
-        except OSError:
+        except (OSError, ValueError):  # the latter where it is closed
             return 0
 
     def end_output(self) -> None:
@@ -679,6 +691,8 @@ class BusyThreads:
 
     def __init__(self) -> None:
         self.connections: set[Connection] = set()  # set.add and set.discard are thread-safe
+        self.lock = threading.Lock()  # guards the limits and the interval that belongs to them
+        self.least, self.most = 1, 0  # the numbers of threads for which the interval is right
         self._adjust()
 
     def add(self, connection: Connection) -> None:
@@ -694,12 +708,13 @@ class BusyThreads:
             self._adjust()
 
     def _adjust(self) -> None:
-        # Two threads may do this at a time; whichever is the last, its number is nearly right.
-        # The numbers for which the interval is right: those from `least` to `most`.
-        count = len(self.connections)
-        self.most = max(self.FEW, 2 * count)
-        self.least = count // 2 if count > self.FEW else 0
-        sys.setswitchinterval(min(self.LONG, self.SHORT * max(1, (count / self.FEW) ** 2)))
+        # Who finds the lock taken leaves it to the holder, who looks again after letting go.
+        while not self.least <= len(self.connections) <= self.most and self.lock.acquire(False):
+            count = len(self.connections)
+            self.most = max(self.FEW, 2 * count)
+            self.least = count // 2 if count > self.FEW else 0
+            sys.setswitchinterval(min(self.LONG, self.SHORT * max(1, (count / self.FEW) ** 2)))
+            self.lock.release()
 
 
 # --------------------------------------------------------------------------------------- connection
@@ -761,7 +776,7 @@ class Connection:
         self.server = server
         self.transport = Transport(sock)
         self.address = address
-        # Guards the state and all down to `patience`, each write to the socket, and its close.
+        # Guards what follows but where it says otherwise, each write to the socket, and its close.
         self.lock = threading.Lock()
         self.state = READING
         self.handler: HTTPHandler | Subscriber | None = None  # set by its own thread
@@ -825,20 +840,11 @@ class Connection:
         has CLOSING_TIME to read it all, and longer while it has not, until `patience`.
         """
         with self.lock:
-            if only and self.state is not only:
-                return False
-            self._take()
-            if not self._move(CLOSING):
-                return False
-            self.cut_at, self.patience = time.monotonic() + CLOSING_TIME, patience
-            if discard:
-                half = [data for data in self.unsent if isinstance(data, memoryview)]
-                self.unsent = collections.deque(half)
-                self.size = sum(map(len, half))
-            self._append(last)
-            self._write_unsent()
-        self.server.poller.call_at(self, self.cut_at)
-        return True
+            done = self.state is (only or self.state) and self._close_behind(last, discard, patience)
+        if done:
+            self.server.poller.call_at(self, self.cut_at)
+        self.flush()  # what others left to the holder of the lock
+        return done
 
     def abort(self) -> None:
         """Drop what waits and end the connection, which wakes the thread reading it."""
@@ -850,6 +856,7 @@ class Connection:
         with self.lock:
             if self.state is not SUBSCRIBED:
                 self._give_up()
+        self.flush()  # what others left to the holder of the lock
 
     # The poller's thread
 
@@ -869,7 +876,7 @@ class Connection:
             return handler.on_deadline(now) if handler else None
         if now < self.cut_at:
             return self.cut_at
-        if self.size and now < self.patience:
+        if (self.size or self.transport.unacknowledged()) and now < self.patience:
             return min(now + CLOSING_TIME, self.patience)
         self.abort()
         return None
@@ -968,6 +975,21 @@ class Connection:
         if to not in TRANSITIONS[self.state]:
             return False
         self.state = to
+        return True
+
+    def _close_behind(self, last: bytes, discard: bool, patience: float) -> bool:
+        self._take()
+        if CLOSING not in TRANSITIONS[self.state]:
+            return False
+        # Before the state, for the poller looks at all of them without the lock.
+        self.cut_at, self.patience = time.monotonic() + CLOSING_TIME, patience
+        self._move(CLOSING)
+        if discard:
+            self.unsent = collections.deque(
+                data for data in self.unsent if isinstance(data, memoryview))  # half written
+            self.size = sum(len(data) + _OVERHEAD for data in self.unsent)
+        self._append(last)
+        self._write_unsent()
         return True
 
     def _write(self) -> bool:
@@ -1426,6 +1448,8 @@ class Subscriber:
 _PONGS = 16  # of more pings in one read, only the last is answered (RFC 6455, section 5.5.3)
 _CONTROL_COST = 0.1  # messages that a ping, a pong or a fragment counts as, for MAX_MESSAGE_RATE
 _REFUSED_COST = 10  # and a message that is dropped
+_BAD_BYTES = 5_000  # of a bad message cost 1, see Connection.charge(): to find a megabyte bad takes
+#                     30 ms in which nobody else can do anything
 
 
 class WebSocket(Subscriber):
@@ -1478,14 +1502,14 @@ class WebSocket(Subscriber):
         Gather, then write: what one read brought is queued for all subscribers, then each of them
         is written to once.
 
-        Who fills a whole buffer whenever it is read may occupy a thread for ever. Ten such would
-        leave a publisher an eleventh of the interpreter's time; so they take turns, and share one
-        part of it. Nobody waits for anything while it is his turn.
+        Who sends without end may occupy a thread for ever. Ten such would leave a publisher an
+        eleventh of the interpreter's time; so they take turns, and share one part of it.
         """
         while data := self.rest or self.connection.read(self.read_size):
             self.rest = b""
-            with self.server.turn if len(data) >= _FULL_READ else contextlib.nullcontext():
+            with self.server.take_turn(len(data)):
                 item = self._take_apart(self.frames.send(data))
+            data = b""  # which may be large, and the wait for more long
             self.flush()
             while item is not None:  # it is the library's, or the peer has to wait behind it
                 if isinstance(item, bytes):
@@ -1555,8 +1579,7 @@ class WebSocket(Subscriber):
     def _refuse(self, code: str, reason: str, size: int) -> None:
         self.batch.flush()
         self.connection.put(encode_frame(Opcode.TEXT, encode_error(code, reason)))
-        # To find a megabyte bad takes 30 ms in which nobody else can do anything.
-        self.delay = max(self.connection.charge(1 + size / 5_000),
+        self.delay = max(self.connection.charge(1 + size / _BAD_BYTES),
                          self.connection.rate.take(_REFUSED_COST))
 
     def flush(self) -> None:
@@ -1851,7 +1874,9 @@ class HTTPHandler:
                          "request_timeout", _CLOSE)
         begun = self.begun
         last = late.response().encode() if begun else b""
-        if self.connection.finish(last, only=READING) and begun:
+        if not self.connection.finish(last, only=READING):
+            return now + 1  # it has been answering since
+        if begun:
             self.server.refuse(self.connection.address, late)
         return None
 
@@ -1948,9 +1973,15 @@ class HTTPHandler:
                 raise HTTPError(403, f"the token may not write the channel {_shown(channel)}")
         if self.server.stopping.is_set():
             raise HTTPError(503, "the server is shutting down", "shutting_down")
-        if delay := connection.rate.take(sum(1 + (len(data) >> 14) for _, data in messages)):
-            connection.flush()
+        cost = sum(1 + (len(data) >> 14) for _, data in messages)
+        if (delay := connection.rate.take(cost)) > self.timeout:
+            connection.rate.take(-cost)
+            raise HTTPError(429, f"at MAX_MESSAGE_RATE this would take {delay:.0f} seconds, and a "
+                            f"request may take {self.timeout:g}", headers=_RETRY)
+        if delay:
             connection.pause(delay)
+            if request.key.expired:
+                raise HTTPError(401, "the token has expired")
         issuer = str(uuid.uuid4())
         batch = Batch(self.server, issuer, connection)
         for channel, data in messages:
@@ -2026,7 +2057,7 @@ MAX_MESSAGES = 10_000  # in the list of one request
 def is_loopback(address: str) -> bool:
     """Whether an IP address is this machine's own (127.0.0.0/8, ::1, the first written as IPv6)."""
     try:
-        ip = ipaddress.ip_address(address.partition("%")[0])
+        ip = ipaddress.ip_address(address)
     except ValueError:
         return False
     return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
@@ -2036,7 +2067,7 @@ def is_local_name(host: str) -> bool:
     """Whether a host with or without a port, as in a Host header, names this machine itself."""
     name = re.sub(r":[0-9]*$", "", host.lower()).removesuffix(".")
     return (name == "localhost" or name.endswith(".localhost")
-            or is_loopback(name.removeprefix("[").removesuffix("]")))
+            or is_loopback(re.sub(r"^\[(.*)\]$", r"\1", name)))
 
 
 def check_origin(settings: Settings, request: Request) -> str:
@@ -2115,15 +2146,19 @@ def publish(handler: HTTPHandler, request: Request) -> Response:
     if kind not in ("", "application/json", "application/x-www-form-urlencoded"):
         raise HTTPError(415, f"the Content-Type must be application/json, not {_shown(kind)}")
     try:
-        value = decode_json(handler.read_body(request).decode())
+        body = handler.read_body(request)
+        handler.charge = 1 + len(body) / _BAD_BYTES  # until it shows good messages
+        with handler.server.take_turn(len(body)):
+            value = decode_json(body.decode())
         if isinstance(value, list) and len(value) > MAX_MESSAGES:
             raise HTTPError(413, f"a list may have {MAX_MESSAGES} messages", "too_large")
         single = not isinstance(value, list)
         messages = [check_message(item) for item in ([value] if single else value)]
-        del value  # it may be large, and wait long
+        del body, value  # they may be large, and wait long
     except (BadMessage, UnicodeDecodeError) as error:
         raise HTTPError(400, str(error), BadMessage.code) from None
     answers = handler.publish(request, messages)
+    handler.charge = 0
     return respond_json(answers[0] if single else answers)
 
 
@@ -2439,12 +2474,12 @@ class Server(socketserver.ThreadingTCPServer):
         self.channels = Channels()
         self.admission = Admission(settings, self.stopping)
         self.metrics = Metrics(self.admission, self.channels)
-        self.log_limit = LogLimit()
+        self.log_limit = LogLimit()  # of lines about what peers do
+        self.own_log_limit = LogLimit()  # of others, which no flood of those can silence
         # For who owns the process, as `philote serve` does: set where there is an interpreter's
         # lock to share.
         self.busy_threads: BusyThreads | None = None
-        # Held while a thread works on a full read, see WebSocket.read_messages().
-        self.turn = threading.Lock()
+        self.turn = threading.Lock()  # see take_turn()
         self.address_family, address = _resolve(settings.host, settings.port)
         super().__init__(address, HTTPHandler)  # type: ignore[arg-type]
         self.poller = Poller(self.fail)
@@ -2508,7 +2543,7 @@ class Server(socketserver.ThreadingTCPServer):
             # its first step never does, and nobody would be accepted any more.
             _thread.start_new_thread(self.run_connection, (connection,))
         except (RuntimeError, MemoryError) as error:
-            if self.log_limit.may_log("threads"):
+            if self.own_log_limit.may_log("threads"):
                 log.error("no more threads, newcomers are refused: %s", error)
             self.admission.remove(connection)
             self._refuse_at_the_door(connection.transport.sock)
@@ -2521,7 +2556,7 @@ class Server(socketserver.ThreadingTCPServer):
         log.exception("%s: unexpected error", client_address[0])
 
     def _refuse_for_want_of_descriptors(self, error: OSError) -> None:
-        if self.log_limit.may_log("descriptors"):
+        if self.own_log_limit.may_log("descriptors"):
             log.error("no more descriptors, newcomers are refused: %s", error.strerror)
         if self.reserve is not None:
             os.close(self.reserve)
@@ -2579,6 +2614,10 @@ class Server(socketserver.ThreadingTCPServer):
                     if self.busy_threads:
                         self.busy_threads.discard(connection)
 
+    def take_turn(self, size: int) -> contextlib.AbstractContextManager[Any]:
+        """Let one thread at a time work on much input, where all share one interpreter's lock."""
+        return self.turn if size >= _LARGE_READ and _INTERPRETER_LOCK else contextlib.nullcontext()
+
     def refuse(self, address: str, error: HTTPError) -> None:
         """Count a refusal, and log it once in a while for each address."""
         self.metrics.refuse(error.code)
@@ -2597,7 +2636,7 @@ class Server(socketserver.ThreadingTCPServer):
         timeout = self.settings.shutdown_timeout if timeout is None else timeout
         with self.admission.lock:
             first = not self.stopping.is_set()
-            self.stopping.set()  # from now on, whatever is read is dropped
+            self.stopping.set()  # from now on, what a subscriber sends is dropped
         if not first:
             self.stopped.wait(timeout + 1)
             return

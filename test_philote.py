@@ -1039,6 +1039,41 @@ def test_what_is_put_while_the_poller_writes_is_written_too(unserved):
         assert read_what_is_there(theirs).endswith(b"xlate")
 
 
+def test_what_is_put_while_another_holds_the_connection_is_written(unserved, monkeypatch):
+    for call in (lambda c: c.evict(), lambda c: c.finish(only=philote.READING)):
+        ours, theirs = socket.socketpair()
+        connection = philote.Connection(unserved, ours, "x")
+        connection.state = philote.SUBSCRIBED
+
+        class Meanwhile:
+            """The connection's lock; behind its taking, another thread publishes."""
+
+            lock = connection.lock
+            acquire, release = lock.acquire, lock.release
+
+            def __enter__(self):
+                self.lock.acquire()
+                connection.put(b"late")
+                connection.flush()
+
+            def __exit__(self, *_):
+                self.lock.release()
+
+        connection.lock = Meanwhile()
+        with ours, theirs:
+            call(connection)
+            assert not connection.pending and read_what_is_there(theirs) == b"late"
+
+
+def test_what_a_full_connection_holds_back_is_counted_to_the_byte(unserved):
+    with full_connection(unserved) as (connection, theirs):
+        read_what_is_there(theirs)
+        connection.put(b"more")
+        connection.finish(b"last", discard=True)
+        expected = sum(len(data) + philote._OVERHEAD for data in connection.unsent)
+        assert connection.unsent and connection.size == expected
+
+
 # Who waits for which lock: what it guards is said where it is made.
 
 LOCKED = {
@@ -2418,6 +2453,21 @@ def test_a_deadline_that_passed_too_late_does_not_touch_an_upgrade(monkeypatch):
         assert file.read(2)[0] == 0x81 and subscriber_count(server) == 1
 
 
+def test_a_request_that_came_whole_in_the_last_moment_leaves_a_deadline_to_the_next(monkeypatch):
+    waits, go = hold(monkeypatch, philote.HTTPError, "response", lambda error: error.status == 408)
+    with running(request_timeout=0.3) as server, dial(server) as sock, sock.makefile("rb") as file:
+        request = http_request("GET", "/health")
+        sock.sendall(request[:-2])
+        assert waits.wait(PATIENCE)
+        answering, answer = hold(monkeypatch, philote.HTTPHandler, "_answer")
+        sock.sendall(request[-2:])
+        assert answering.wait(PATIENCE)
+        go.set()  # the deadline finds that it is too late
+        wait_until(lambda: server.poller.deadlines)
+        answer.set()
+        assert [read_response(file)[0], file.read()] == [200, b""]  # nothing follows: it is cut off
+
+
 def test_a_connection_that_became_a_subscriber_meanwhile_is_not_evicted(monkeypatch):
     waits, go = hold(monkeypatch, philote.Connection, "evict")
     with running(max_connections=1) as server, dial(server) as victim, contextlib.ExitStack() as st:
@@ -2466,6 +2516,18 @@ def test_what_was_read_before_the_server_stopped_is_delivered(monkeypatch):
             go.set()
             assert reader.receive()["data"] == "read, and not yet published"
             assert reader.read_close() == 1001
+
+
+def test_what_a_slow_subscriber_has_not_read_survives_the_end_of_the_server(monkeypatch):
+    monkeypatch.setattr(philote, "CLOSING_TIME", 0.2)
+    with running() as server, RawClient(server, ["a"]) as reader:
+        publish(server, [{"channel": "a", "data": "x" * 50_000}] * 10)
+        with meanwhile(server.stop):
+            begun = time.monotonic()
+            wait_until(lambda: not server.acceptor.is_alive() and time.monotonic() > begun + 0.8)
+            with contextlib.suppress(OSError):
+                reader.send(frame(9) * 10)  # where the socket is closed, this destroys the rest
+            assert len(reader.receive_data(10)) == 10 and reader.read_close() == 1001
 
 
 def test_a_second_call_of_stop_returns_when_the_first_is_done(server):
@@ -2534,6 +2596,64 @@ def test_who_asks_without_a_token_is_answered_later(server):
         assert reader.receive_data(2) == ["in time", "x"]
 
 
+def test_who_posts_what_is_no_message_is_answered_later(server):
+    with dial(server) as sock, sock.makefile("rb") as file, RawClient(server, ["a"]) as reader:
+        sock.sendall(publish_request(b"x" * 700_000) + publish_request())
+        assert read_response(file)[0] == 400
+        publish(server, {"channel": "a", "data": "in time"})
+        assert reader.receive_data(2) == ["in time", "x"]
+
+
+def test_a_list_that_would_take_too_long_at_the_rate_is_refused_and_costs_nothing():
+    with running(max_message_rate=10, request_timeout=1) as server, \
+            dial(server) as sock, sock.makefile("rb") as file:
+        sock.sendall(publish_request(json.dumps([{"channel": "a"}] * 30).encode()))
+        status, headers, body = read_response(file)
+        assert (status, json.loads(body)["error"]) == (429, "too_many_requests")
+        assert "MAX_MESSAGE_RATE" in json.loads(body)["reason"] and headers["retry-after"]
+        sock.sendall(publish_request())
+        assert read_response(file)[0] == 200
+
+
+def test_a_token_that_expires_while_its_messages_wait_publishes_none(server):
+    with running(max_message_rate=1) as server, RawClient(server, ["a"]) as reader:
+        expires = int(time.time()) + 2
+        body = json.dumps([{"channel": "a"}] * 4).encode()
+        assert status_of(server, publish_request(
+            body, token=make_token(write=["a"], exp=expires))) == 401
+        assert time.time() >= expires and reader.is_quiet()
+
+
+def test_nothing_of_what_a_quiet_client_sent_is_held(server, without_gc):
+    with RawClient(server, ["a"]) as reader, RawClient(server, write=["a"]) as writer:
+        tracemalloc.start()
+        try:
+            writer.send(text("a", "x" * 30_000))
+            reader.receive()
+            wait_until(lambda: tracemalloc.get_traced_memory()[0] < 20_000)
+        finally:
+            tracemalloc.stop()
+
+
+def test_the_switch_interval_follows_the_busy_threads(restless, monkeypatch):
+    busy, interval = philote.BusyThreads(), sys.getswitchinterval
+    assert interval() == pytest.approx(busy.SHORT)
+    waits, go = hold(monkeypatch, sys, "setswitchinterval")
+    for change, first, expected in ((busy.add, 60, busy.LONG), (busy.discard, 2950, busy.SHORT)):
+        with meanwhile(lambda: [change(number) for number in range(first)]):
+            assert waits.wait(PATIENCE)  # it has counted, and is about to set the interval
+            for number in range(first, 3000):
+                change(number)
+            go.set()
+        assert interval() == pytest.approx(expected)
+
+
+def test_the_servers_own_lines_are_logged_while_many_peers_are(server):
+    for number in range(2000):
+        server.log_limit.may_log(str(number))
+    assert server.own_log_limit.may_log("threads") and not server.own_log_limit.may_log("threads")
+
+
 def test_only_the_last_of_many_pings_in_one_read_is_answered(server):
     with RawClient(server) as client:
         client.send(b"".join(frame(9, b"%d" % i) for i in range(3000)) + frame(9, b"last"))
@@ -2575,7 +2695,7 @@ def test_a_fragment_is_held_as_the_bytes_that_it_came_as(server):
 def test_who_hangs_up_while_it_has_to_wait_holds_no_place(over_http, caplog):
     with running(max_message_rate=1) as server, undisturbed(server, caplog):
         if over_http:
-            body = json.dumps([{"channel": "a"}] * 1000).encode()
+            body = json.dumps([{"channel": "a"}] * 8).encode()
             client = dial(server)
             client.sendall(publish_request(body))
         else:
@@ -2625,7 +2745,8 @@ def test_the_address_with_the_most_pending_connections_has_to_make_room():
     ("app.localhost", "http://localhost:3000", 101), ("localhost", "http://127.0.0.1", 101),
     ("evil.example", None, 403), ("evil.example", "http://evil.example", 403),
     ("localhost", "https://evil.example", 403), ("localhost", "null", 403),
-    ("localhost.evil.example", None, 403), ("127.0.0.1.evil.example", None, 403)])
+    ("localhost.evil.example", None, 403), ("127.0.0.1.evil.example", None, 403),
+    ("127.0.0.1%evil.example", None, 403), ("[127.0.0.1:80", None, 403)])
 def test_without_a_secret_no_page_of_another_site_is_let_in(host, origin, expected):
     headers = {"Host": host, **({"Origin": origin} if origin else {})}
     with running(secret="") as server:
@@ -2643,15 +2764,15 @@ def test_a_parameter_that_means_nothing_is_named(server, path, named):
     assert status == 400 and named in json.loads(body)["reason"].replace("\\", "")
 
 
-def test_those_who_send_more_than_is_read_take_turns(server, monkeypatch):
-    monkeypatch.setattr(philote, "_FULL_READ", 1000)
+def test_those_who_send_much_at_a_time_take_turns(server, monkeypatch):
+    monkeypatch.setattr(philote, "_LARGE_READ", 1000)
     with RawClient(server, ["a"]) as reader, RawClient(server, write=["a"]) as calm, \
             RawClient(server, write=["a"]) as busy:
         with server.turn:
             before = totals(server)["bytes_received"]
             busy.send(text("a", "busy") * 40)
             wait_until(lambda: totals(server)["bytes_received"] >= before + 1000)
-            calm.publish("a", "calm")  # a read that is not full needs no turn
+            calm.publish("a", "calm")  # little needs no turn
             assert reader.receive()["data"] == "calm" and totals(server)["published"] == 1
         assert reader.receive_data(40) == ["busy"] * 40
 
