@@ -840,7 +840,8 @@ class Connection:
         has CLOSING_TIME to read it all, and longer while it has not, until `patience`.
         """
         with self.lock:
-            done = self.state is (only or self.state) and self._close_behind(last, discard, patience)
+            done = (only in (None, self.state)
+                    and self._close_behind(last, discard, patience))
         if done:
             self.server.poller.call_at(self, self.cut_at)
         self.flush()  # what others left to the holder of the lock
