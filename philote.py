@@ -63,6 +63,7 @@ from __future__ import annotations
 import _thread
 import argparse
 import base64
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -202,6 +203,13 @@ class Settings:
     max_message_size: int = _setting(1 << 20, _SIZE, "bytes of one message")
     max_queue_size: int = _setting(1 << 20, _SIZE, "bytes that may wait for one subscriber")
     max_message_rate: float = _setting(0, _RATE, "messages a second from one connection")
+    max_subscriptions: int = _setting(
+        1000, _number(1, 10**6), "channels and patterns that one connection may have joined")
+    history_time: float = _setting(
+        300, _SECONDS, "seconds that a message is kept for those who come back; 0 keeps none")
+    history_size: int = _setting(
+        1 << 24, _number(0, 2**40, "a number of bytes"), "bytes of messages that are kept; the "
+        "oldest go first")
     read_buffer_size: int = _setting(
         1024, _SIZE, "bytes that are read at a time; up to 64 KiB are read anyway")
     write_buffer_size: int = _setting(
@@ -262,13 +270,27 @@ class TokenError(ValueError):
     """A token that lets nobody in; its text says why."""
 
 
+class Names(frozenset[str]):
+    """Names of channels. One that ends in * is a pattern, for all that begin with what precedes."""
+
+    @functools.cached_property
+    def prefixes(self) -> tuple[str, ...]:
+        """What the patterns' channels begin with."""
+        return tuple(name[:-1] for name in self if name.endswith("*"))
+
+    def cover(self, name: str) -> bool:
+        """Whether a channel, or all that a pattern stands for, is among them."""
+        return name in self or name.startswith(self.prefixes)
+
+
 class AccessKey(NamedTuple):
     """What a token allows."""
 
-    read: frozenset[str] = frozenset()
-    write: frozenset[str] = frozenset()
+    read: Names = Names()
+    write: Names = Names()
     expires: float | None = None  # seconds since the epoch
     api: bool = False  # whether it may see what the server is doing
+    user: str = ""  # who bears it, as other clients are told
 
     @property
     def expired(self) -> bool:
@@ -276,12 +298,12 @@ class AccessKey(NamedTuple):
         return self.expires is not None and time.time() >= self.expires
 
     def may_read(self, channel: str) -> bool:
-        """Whether its bearer may subscribe to a channel."""
-        return channel in self.read
+        """Whether its bearer may subscribe to a channel or pattern."""
+        return self.read.cover(channel)
 
     def may_write(self, channel: str) -> bool:
         """Whether its bearer may publish to a channel."""
-        return channel in self.write
+        return self.write.cover(channel)
 
 
 def _signing_key(secret: str) -> bytes:
@@ -292,16 +314,19 @@ def _signing_key(secret: str) -> bytes:
 
 
 def new_token(secret: str, read: Iterable[str] = (), write: Iterable[str] = (),
-              expires_in: float | None = None, api: bool = False) -> str:
-    """Make a token for the channels `read` and `write`.
+              expires_in: float | None = None, api: bool = False, user: str = "") -> str:
+    """Make a token for the channels `read` and `write`; `chat.*` is all that begin with `chat.`.
 
     It is valid for `expires_in` seconds (None: for ever). `api` opens /api/info and /metrics too.
+    `user` is who bears it: those who ask for ids are told beside each message.
     """
     claims: dict[str, Any] = {"read": list(read), "write": list(write)}
     if expires_in is not None:
         claims["exp"] = math.ceil(time.time() + expires_in)
     if api:
         claims["api"] = True
+    if user:
+        claims["sub"] = user
     return jwt.encode(claims, _signing_key(secret), algorithm="HS256")
 
 
@@ -322,27 +347,30 @@ def decode_token(token: str, secret: str) -> AccessKey:
         if name in claims and type(claims[name]) not in (int, float):
             raise TokenError(f"the token's claim {name} must be a number")
     expires = min(claims["exp"], _END_OF_TIME) if "exp" in claims else None
+    user = claims.get("sub")
     return AccessKey(_channel_names(claims, "read"), _channel_names(claims, "write"), expires,
-                     claims.get("api") is True)
+                     claims.get("api") is True, user if isinstance(user, str) else "")
 
 
-def _channel_names(claims: dict[str, Any], name: str) -> frozenset[str]:
+def _channel_names(claims: dict[str, Any], name: str) -> Names:
     names = claims.get(name)
     if names is None:
-        return frozenset()
+        return Names()
     if not isinstance(names, list) or not all(
             isinstance(channel, str) and channel for channel in names):
         raise TokenError(f"the token's claim {name} must be a list of channel names")
-    return frozenset(names)
+    return Names(names)
 
 
 # ----------------------------------------------------------------------------------------- messages
 # JSON in, JSON out. These functions are pure.
 
-class BadMessage(ValueError):
-    """Not a JSON object with a channel and data; its text says what is wrong."""
+class Refused(ValueError):
+    """A message or request that is dropped; its text says why, its code is for programs."""
 
-    code = "bad_message"
+    def __init__(self, reason: str, code: str = "bad_message") -> None:
+        super().__init__(reason)
+        self.code = code
 
 
 class Message(NamedTuple):
@@ -350,7 +378,13 @@ class Message(NamedTuple):
 
     issuer: str  # the connection that published it, a UUID
     channel: str
-    data: str
+    data: Any  # any JSON value
+    id: str = ""  # where it stands in the log; empty for who did not ask for ids
+    user: str = ""  # who published it, where the token said so
+
+
+_MAX_REF_SIZE = 64  # characters
+_MAX_LAST = 10_000  # messages of each channel
 
 
 def _refuse_constant(name: str) -> NoReturn:
@@ -358,40 +392,63 @@ def _refuse_constant(name: str) -> NoReturn:
 
 
 _decoder = json.JSONDecoder(parse_constant=_refuse_constant)
+_encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 _quote, _quote_ascii = json.encoder.encode_basestring, json.encoder.encode_basestring_ascii
 
 
 def decode_json(text: str) -> Any:
-    """Decode JSON text from outside. Raises BadMessage, whatever the text holds."""
+    """Decode JSON text from outside. Raises Refused, whatever the text holds."""
     try:
         return _decoder.decode(text)
     except json.JSONDecodeError as error:
-        raise BadMessage(f"not JSON: {error}") from None
+        raise Refused(f"not JSON: {error}") from None
     except (ValueError, RecursionError):  # a number of 5,000 digits, NaN; 200,000 brackets
-        raise BadMessage(
+        raise Refused(
             "not JSON that can be read: a number too long, a nesting too deep, or NaN") from None
 
 
 def check_message(value: Any) -> tuple[str, str]:
-    """Take (channel, data) from a decoded message. Raises BadMessage.
+    """Take (channel, data in JSON) from a decoded message. Raises Refused.
 
     Keys are matched exactly first, then whatever their case, as Go's encoding/json does: the
-    original's Go client sends "Channel" and "Data". Missing or null data is the empty string.
+    original's Go client sends "Channel" and "Data". Missing or null data is "", as is the empty
+    string: it is left out of what subscribers get, as Go's omitempty does.
     """
     if type(value) is not dict:
-        raise BadMessage(f"a message is a JSON object, not {_shown(value)}")
+        raise Refused(f"a message is a JSON object, not {_shown(value)}")
     channel, data = value.get("channel"), value.get("data")
     if "channel" not in value or "data" not in value:
         folded = {key.lower(): value[key] for key in value}
         channel, data = (
             value.get("channel", folded.get("channel")), value.get("data", folded.get("data")))
     if type(channel) is not str or not channel:
-        raise BadMessage(f"channel must be a string that is not empty, not {_shown(channel)}")
+        raise Refused(f"channel must be a string that is not empty, not {_shown(channel)}")
+    if channel[-1] == "*":
+        raise Refused(f"{_shown(channel)} is a pattern; a message has one channel")
+    if type(data) is str:
+        return channel, data and _quoted(data)
     if data is None:
         return channel, ""
-    if type(data) is not str:
-        raise BadMessage(f"data must be a string, not {_shown(data)}")
-    return channel, data
+    try:
+        text = _encoder.encode(data)
+        return channel, text if _is_encodable(text) else json.dumps(data, separators=(",", ":"))
+    except (RecursionError, ValueError):  # the latter for 1e999, which is Infinity to most
+        raise Refused("data is nested too deep, or holds a number too large") from None
+
+
+def check_ref(value: Any) -> str | None:
+    """Take from a decoded message what its answer shall be known by. Raises Refused."""
+    ref = value.get("ref") if type(value) is dict else None
+    if ref is not None and (type(ref) is not str or len(ref) > _MAX_REF_SIZE):
+        raise Refused(f"ref must be a string of up to {_MAX_REF_SIZE} characters")
+    return ref
+
+
+def check_names(names: Any) -> list[str]:
+    """Take the channels and patterns of a subscription. Raises Refused."""
+    if type(names) is not list or not all(type(name) is str and name for name in names):
+        raise Refused("channels are a list of strings that are not empty")
+    return list(dict.fromkeys(names))
 
 
 def _shown(value: Any) -> str:
@@ -401,25 +458,18 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 60 else text[:60] + "..."
 
 
-def encode_head(issuer: str, channel: str) -> str:
-    """Encode the part of a message that all messages of one issuer on one channel share."""
-    return f'{{"issuer":{_quote(issuer)},"channel":{_quoted(channel)}'
-
-
-def encode_message(head: str, data: str) -> bytes:
-    """Encode a message; data that is empty is left out, as Go's omitempty does."""
-    return (f'{head},"data":{_quoted(data)}}}' if data else head + "}").encode()
+def _is_encodable(text: str) -> bool:
+    # A lone surrogate can stand in JSON as an escape, but not in UTF-8.
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
 
 
 def _quoted(text: str) -> str:
-    # A lone surrogate can stand in JSON as an escape, but not in UTF-8.
-    return (_quote(text) if text.isascii() or not re.search("[\ud800-\udfff]", text)
-            else _quote_ascii(text))
+    return _quote(text) if _is_encodable(text) else _quote_ascii(text)
 
 
-def encode_error(code: str, reason: str) -> bytes:
-    """Encode what a client is told when its message or request was refused."""
-    return json.dumps({"error": code, "reason": reason}).encode()
+def encode_answer(value: Mapping[str, Any], ref: str | None = None) -> bytes:
+    """Encode what the server itself tells a client, with the `ref` that it gave."""
+    return json.dumps(value if ref is None else {**value, "ref": ref}).encode()
 
 
 # ------------------------------------------------------------------------------------------- frames
@@ -456,11 +506,6 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
     if size < 65536:
         return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
     return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
-
-
-def encode_text_frames(payloads: Sequence[bytes]) -> bytes:
-    """Encode a text frame for each payload, one behind the other."""
-    return b"".join([encode_frame(Opcode.TEXT, payload) for payload in payloads])
 
 
 def encode_close(code: int, reason: str) -> bytes:
@@ -767,9 +812,9 @@ class Connection:
 
     __slots__ = (
         "number", "server", "transport", "address", "lock", "state", "handler", "pending", "unsent",
-        "size", "sent", "full", "overflowed", "patience", "cut_at", "forgotten", "busy",
+        "size", "sent", "full", "written", "overflowed", "patience", "cut_at", "forgotten", "busy",
         "last_received", "rate", "credit", "received", "published", "delivered",
-        "bytes_received", "bad_message", "forbidden", "__weakref__")
+        "bytes_received", "bad_message", "forbidden", "too_many", "__weakref__")
 
     def __init__(self, server: Server, sock: socket.socket, address: str) -> None:
         self.number = next(server.numbers)
@@ -787,6 +832,7 @@ class Connection:
         self.size = 0  # bytes that unsent takes, overhead included
         self.sent = 0  # bytes written so far
         self.full = False  # the socket took no more: the poller waits for it, or is about to
+        self.written: threading.Event | None = None  # set when nothing waits, see catch_up()
         self.overflowed = False  # more than the limit has waited
         # When a connection that is closing is cut off, and until when if its last bytes still wait.
         self.cut_at = self.patience = 0.0
@@ -797,7 +843,7 @@ class Connection:
         self.rate = RateLimit(server.settings.max_message_rate)
         self.credit: RateLimit | None = None  # see charge()
         self.received = self.published = self.delivered = self.bytes_received = 0
-        self.bad_message = self.forbidden = 0
+        self.bad_message = self.forbidden = self.too_many = 0
 
     # Any thread
 
@@ -868,6 +914,8 @@ class Connection:
                 self.full = False
                 self._take()
                 self._write_unsent()
+                if self.written and not self.unsent:
+                    self.written.set()
         self.flush()  # what others left to the holder of the lock
 
     def on_deadline(self, now: float) -> float | None:
@@ -920,13 +968,31 @@ class Connection:
         end = time.monotonic() + seconds
         hang_up = select.poll()
         hang_up.register(self.transport.descriptor, getattr(select, "POLLRDHUP", 0))
-        if busy_threads := self.server.busy_threads:
+        with self._not_busy():
+            while (self.state is not CLOSING and not self.server.stopping.is_set()
+                   and (left := end - time.monotonic()) > 0):
+                if hang_up.poll(1000 * min(left, 0.25)):
+                    raise ConnectionResetError("the peer is gone; what had to wait is lost")
+                self.last_received = time.monotonic()  # it lives, and is not asked
+
+    def catch_up(self) -> bool:
+        """Wait until all that is queued is written; False where the connection or server ends."""
+        self.written = self.written or threading.Event()
+        with self._not_busy():
+            while self.state is SUBSCRIBED and not self.server.stopping.is_set():
+                self.written.clear()
+                self.flush()
+                if not self.size and not self.pending:
+                    return True
+                self.written.wait(0.25)
+        return False
+
+    @contextlib.contextmanager
+    def _not_busy(self) -> Iterator[None]:
+        busy_threads = self.server.busy_threads
+        if busy_threads:
             busy_threads.discard(self)
-        while (self.state is not CLOSING and not self.server.stopping.is_set()
-               and (left := end - time.monotonic()) > 0):
-            if hang_up.poll(1000 * min(left, 0.25)):
-                raise ConnectionResetError("the peer is gone; what it sent and had to wait is lost")
-            self.last_received = time.monotonic()  # it lives, and is not asked
+        yield
         if busy_threads:
             busy_threads.add(self)
 
@@ -1240,72 +1306,377 @@ class Poller(threading.Thread):
         self.waker.close()
 
 
-# ----------------------------------------------------------------------------------------- channels
-# Who has joined which channel. Publishing is two things: Batch gathers what one thread publishes,
-# Channels.deliver puts it into the subscribers' queues, and thereby makes the order.
+# ---------------------------------------------------------------------------------------------- log
+# What is published is appended to one log: there a message gets its id, is kept for those who come
+# back, and enters the queues of all who have joined its channel; in one step, under one lock. So
+# there is one order, an id is a position in it for all channels at once, and a subscriber who says
+# up to where he has everything gets the rest.
+#
+# An id is MILLISECONDS-N: the clock's, never going back, and a counter within the millisecond. It
+# is held as one whole number, for ids are compared and counted on.
 
-Encoder = Callable[[Sequence[bytes]], bytes]  # from some messages in JSON to what is written
+_COUNTER_BITS = 64
+_ID = re.compile("([0-9]{1,19})-([0-9]{1,19})", re.ASCII)
+_SCAN = 2000  # messages that are looked at while the lock is held
+_PIECE = 32768  # bytes of messages that are sent at a time to one who catches up
+_LAST_PIECE = 64  # messages that may be encoded under the lock
+_KEPT_OVERHEAD = 150  # bytes that Python takes to keep a message, beside its JSON
 
 
-class Channels:
-    """All channels that anybody has joined."""
+def encode_id(position: int) -> str:
+    """Write an id as clients see it."""
+    return f"{position >> _COUNTER_BITS}-{position & (1 << _COUNTER_BITS) - 1}"
 
-    def __init__(self) -> None:
-        # Guards all below, and the order of messages in all queues: a message enters the queues of
-        # all its subscribers under it. One lock for all channels costs no more than one for each:
-        # it is held for 50 ns a subscriber, while one system call for him takes 3 us outside of it.
-        self.lock = threading.Lock()
-        # By channel and by the way they are encoded for: each subscriber's connection, with the
-        # method that puts something in its queue.
-        self.joined: dict[str, dict[Encoder, dict[Connection, Callable[[bytes], None]]]] = {}
-        self.issuers: dict[str, Connection] = {}  # of the subscribers, by id
+
+def _now() -> int:
+    return time.time_ns() // 1_000_000 << _COUNTER_BITS
+
+
+class Past(NamedTuple):
+    """What a subscriber wants of the past."""
+
+    since: int | None = None  # everything behind this id; None: from now on
+    partly: bool = False  # content with what is kept of it
+    last: int = 0  # of each channel, where `since` cannot be met or is not given
+    resumable: bool = False  # whether it gets ids
+
+
+def parse_past(since: Any, last: Any) -> Past:
+    """Take what a client asks for of the past; None is not given. Raises Refused."""
+    if last is not None:
+        if not re.fullmatch("[0-9]{1,5}", str(last), re.ASCII) or int(last) > _MAX_LAST:
+            raise Refused(f"last must be a number from 0 to {_MAX_LAST}, not {_shown(last)}")
+    if since is None or since == "now":
+        return Past(None, False, int(last or 0), since is not None or last is not None)
+    text = since if isinstance(since, str) else ""
+    if match := _ID.fullmatch(text):
+        return Past(int(match[1]) << _COUNTER_BITS | int(match[2]), False, int(last or 0), True)
+    try:
+        ago = int(1000 * parse_duration(text))
+    except ValueError:
+        raise Refused(f"since must be an id such as 1700000000000-0, a duration such as 10m, or "
+                      f"now, not {_shown(since)}") from None
+    return Past(max(0, _now() - (ago << _COUNTER_BITS)), True, int(last or 0), True)
+
+
+def parse_duration(text: str) -> float:
+    """Read a duration, in seconds. Raises ValueError."""
+    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text, re.ASCII)
+    if not match:
+        raise ValueError(f"{text!r} is not a duration such as 90s, 15m, 1h or 7d")
+    return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+
+
+Entry = tuple[int, bytes]  # a message in the log: its id, its JSON without that
+
+
+def encode_entry(entry: Entry) -> bytes:
+    """Encode a message with its id."""
+    position, payload = entry
+    return b'{"id":"%b",%b' % (encode_id(position).encode(), payload[1:])
+
+
+class Encoder(NamedTuple):
+    """How messages are written to some of the subscribers."""
+
+    encode: Callable[[Iterable[Entry]], bytes]
+    with_ids: bool  # whether it tells ids and users
+
+
+def check_count(count: int, settings: Settings) -> None:
+    """Refuse more subscriptions of one connection than are allowed."""
+    if count > settings.max_subscriptions:
+        raise Refused(f"a connection may have {settings.max_subscriptions} subscriptions, not "
+                      f"{count} (MAX_SUBSCRIPTIONS)", "too_many")
+
+
+class History:
+    """The last messages of the log, within a time and a size. Guarded by the log's lock."""
+
+    def __init__(self, settings: Settings, floor: int) -> None:
+        self.limit = settings.history_size if settings.history_time else 0
+        self.time = int(1000 * settings.history_time) << _COUNTER_BITS
+        self.floor = floor  # all that was published behind this id is here
+        self.size = 0  # bytes, overhead included
+        # By age, from index `start` on: id, channel and JSON of each.
+        self.ids: list[int] = []
+        self.names: list[str] = []
+        self.payloads: list[bytes] = []
+        self.start = 0
+        self.by_name: dict[str, collections.deque[int]] = {}  # the ids of a channel
 
     def __len__(self) -> int:
-        with self.lock:
-            return len(self.joined)
+        return len(self.ids) - self.start
 
-    def join(self, subscriber: Subscriber, names: Iterable[str]) -> None:
-        """Let a subscriber have all that is published to these channels from now on."""
-        connection = subscriber.connection
-        for name in names:
-            with self.lock:
-                self.issuers[subscriber.id] = connection
-                group = self.joined.setdefault(name, {}).setdefault(subscriber.encode, {})
-                group[connection] = connection.pending.append
+    def append(self, first: int, name: str, payloads: Sequence[bytes]) -> None:
+        """Keep messages with consecutive ids."""
+        ids = list(range(first, first + len(payloads)))
+        self.ids += ids
+        self.names += [name] * len(ids)
+        self.payloads += payloads
+        if (kept := self.by_name.get(name)) is None:
+            kept = self.by_name[name] = collections.deque()
+        kept.extend(ids)
+        self.size += sum(map(len, payloads)) + _KEPT_OVERHEAD * len(ids)
+        self.trim(first)
 
-    def leave(self, subscriber: Subscriber, names: Iterable[str]) -> None:
-        """Undo join(); a channel that nobody has joined any more is forgotten."""
-        for name in names:
-            with self.lock:
-                groups = self.joined.get(name, {})
-                groups.get(subscriber.encode, {}).pop(subscriber.connection, None)
-                if not any(groups.values()):
-                    self.joined.pop(name, None)
-                self.issuers.pop(subscriber.id, None)
+    def trim(self, now: int) -> None:
+        """Forget what is too old or too much."""
+        ids, at = self.ids, self.start
+        while at < len(ids) and (self.size > self.limit or ids[at] < now - self.time):
+            name, payload = self.names[at], self.payloads[at]
+            self.names[at], self.payloads[at] = "", b""
+            self.size -= len(payload) + _KEPT_OVERHEAD
+            self.floor = self.by_name[name].popleft()
+            if not self.by_name[name]:
+                del self.by_name[name]
+            at += 1
+        self.start = at
+        if at > 1000 and at > len(ids) >> 1:
+            del self.ids[:at], self.names[:at], self.payloads[:at]
+            self.start = 0
 
-    def deliver(self, name: str, payloads: Sequence[bytes], issuer: str,
-                touched: dict[Connection, Any]) -> int:
-        """Queue messages for all subscribers of a channel but their issuer.
+    def behind(self, position: int, names: Names) -> tuple[list[Entry], int]:
+        """Read a piece of what lies behind an id; returns it, and how far that is."""
+        begin = bisect.bisect_right(self.ids, position, self.start)
+        end, kept, prefixes = min(begin + _SCAN, len(self.ids)), self.names, names.prefixes
+        entries, size = [], 0
+        for at in range(begin, end):
+            if kept[at] in names or prefixes and kept[at].startswith(prefixes):
+                entries.append((self.ids[at], self.payloads[at]))
+                size += len(self.payloads[at])
+                if size >= _PIECE:
+                    end = at + 1
+                    break
+        return entries, self.ids[end - 1] if end > begin else position
 
-        Returns how many subscribers that is. They are added to `touched`: the caller flushes their
-        connections, without any lock.
+    def ends_at(self, position: int) -> bool:
+        """Whether nothing lies behind an id."""
+        return not len(self) or position >= self.ids[-1]
+
+    def find(self, ids: Iterable[int]) -> list[Entry]:
+        """Read a piece of the messages with these ids, which are kept and rise."""
+        entries, size = [], 0
+        for position in ids:
+            at = bisect.bisect_left(self.ids, position, self.start)
+            entries.append((position, self.payloads[at]))
+            size += len(self.payloads[at])
+            if size >= _PIECE:
+                break
+        return entries
+
+    def last(self, count: int, names: Names) -> list[int]:
+        """List the ids of the last messages of each channel."""
+        found: list[int] = []
+        for name in [*self.by_name] if names.prefixes else names & self.by_name.keys():
+            if count and names.cover(name):
+                kept = self.by_name[name]
+                found += itertools.islice(reversed(kept), count)
+        return sorted(found)
+
+
+class Log:
+    """All that is published, and who has joined what. `position` is the id of the last message."""
+
+    def __init__(self, settings: Settings) -> None:
+        # Guards all below, and the order of messages in all queues. One lock for all channels
+        # costs no more than one for each: it is held for 50 ns a subscriber, while one system call
+        # for him takes 3 us outside of it.
+        self.lock = threading.Lock()
+        self.position = _now()
+        self.history = History(settings, self.position)
+        # By channel or pattern, and by the way they are encoded for: each subscriber's connection,
+        # with the method that puts something in its queue.
+        self.joined: dict[str, dict[Encoder, dict[Connection, Callable[[bytes], None]]]] = {}
+        self.prefix_sizes: collections.Counter[int] = collections.Counter()  # of joined patterns
+        self.issuers: dict[str, Connection] = {}  # of the subscribers, by id
+        self.resumed = self.not_resumed = self.gaps = 0  # replays by how they went
+
+    def append(self, name: str, payloads: Sequence[bytes], issuer: str, user: bytes,
+               touched: dict[Connection, Any]) -> tuple[int, int]:
+        """Publish messages of one issuer to a channel; `user` is the part that names him.
+
+        Returns the first one's id, and how many subscribers they are queued for, the issuer left
+        out. These are added to `touched`: the caller flushes their connections, without any lock.
         """
         receivers = 0
         with self.lock:
-            if name not in self.joined:
-                return 0
+            now = _now()
+            first = max(self.position + 1, now)
+            self.position = first + len(payloads) - 1
+            if self.history.limit:
+                self.history.append(first, name, payloads)
+            else:
+                self.history.floor = self.position
             own = self.issuers.get(issuer)
-            for encode, group in self.joined[name].items():
-                data = encode(payloads)  # once for all of them
+            for encoder, group in self._find_groups(name).items():
+                bare = user and not encoder.with_ids
+                data = encoder.encode(enumerate(  # once for all of them
+                    [payload.replace(user, b"", 1) for payload in payloads] if bare else payloads,
+                    first))
                 receivers += len(group) - (own in group)
                 for connection, put in group.items():
                     if connection is not own:
                         put(data)
                 touched.update(group)
-        return receivers
+        return first, receivers
+
+    def replay(self, subscriber: Subscriber, names: Names, past: Past,
+               before: Callable[[int, bool], bytes], after: Callable[[int, bool], bytes],
+               ) -> Iterator[None]:
+        """Queue what was asked for of the past, piece by piece, then let a subscriber join.
+
+        What is published until then is part of it: nothing falls between. At each yield the caller
+        waits until the queue is empty; no lock is held then, so who reads slowly holds up nobody.
+        `before` and `after` make what is queued in front and behind, of the position that it stands
+        for, and whether nothing is missing there.
+        """
+        connection = subscriber.connection
+
+        def begin(position: int, resumed: bool) -> None:
+            self.resumed += resumed and past.since is not None
+            self.not_resumed += not resumed
+            subscriber.live = False
+            connection.put(before(position, resumed))
+
+        def tell_gap(position: int) -> None:
+            self.gaps += 1
+            connection.put(subscriber.encode_gap(position))
+
+        walk = self._walk(names, past, begin, tell_gap)
+        while True:
+            with self.lock:
+                entries, position, complete, at_end = next(walk)
+                if at_end and len(entries) <= _LAST_PIECE:
+                    connection.put(subscriber.encoder.encode(entries) + after(position, complete))
+                    self._join(subscriber, names)
+                    subscriber.live = True
+                    return
+            connection.put(subscriber.encoder.encode(entries))
+            yield
+
+    def read(self, names: Names, past: Past, most: int) -> tuple[list[Entry], int, bool]:
+        """Read messages of the past, about so many bytes at most.
+
+        Returns them, the id up to which they are complete, and whether nothing is missing.
+        """
+        found: list[Entry] = []
+        walk = self._walk(names, past, lambda *_: None, lambda _: found.clear())
+        size, at_end = 0, False
+        while not at_end and size < most:
+            with self.lock:
+                entries, position, complete, at_end = next(walk)
+            found += entries
+            size += sum(len(payload) for _, payload in entries)
+        return found, position, complete
+
+    def position_for(self, subscriber: Subscriber) -> None:
+        """Queue the position that a subscriber has reached, who got all up to it."""
+        with self.lock:
+            if subscriber.live:
+                subscriber.connection.put(subscriber.encode_position(self.position))
+
+    def add_ids(self, subscriber: Subscriber) -> None:
+        """Let a subscriber have ids from now on."""
+        with self.lock:
+            for name in subscriber.channels:
+                self._leave(subscriber, name)
+            subscriber.encoder = subscriber.encoders[True]
+            self._join(subscriber, subscriber.channels)
+
+    def join(self, subscriber: Subscriber, names: Iterable[str]) -> None:
+        """Let a subscriber have all that is published to these channels from now on."""
+        with self.lock:
+            self._join(subscriber, names)
+
+    def leave(self, subscriber: Subscriber, names: Iterable[str]) -> None:
+        """Undo join(); a channel that nobody has joined any more is forgotten."""
+        for name in names:
+            with self.lock:
+                self._leave(subscriber, name)
+
+    def forget(self, subscriber: Subscriber) -> None:
+        """Let a subscriber leave all."""
+        self.leave(subscriber, subscriber.channels)
+        with self.lock:
+            self.issuers.pop(subscriber.id, None)
+
+    def totals(self) -> dict[str, int]:
+        """Count what there is."""
+        with self.lock:
+            self.history.trim(_now())
+            oldest = self.history.ids[self.history.start] if len(self.history) else 0
+            return {
+                "channels": len(self.joined), "history_messages": len(self.history),
+                "history_bytes": self.history.size, "history_oldest": oldest,
+                "resumed": self.resumed, "not_resumed": self.not_resumed, "gaps": self.gaps}
+
+    # The holder of the lock
+
+    def _look_back(self, past: Past, names: Names) -> tuple[int, bool, list[int]]:
+        # Where a replay begins, whether nothing is missing there, and which ids come before it.
+        self.history.trim(_now())
+        met = past.since is None or self.history.floor <= past.since and (
+            past.partly or past.since <= self.position)
+        position = self.position
+        if past.since is not None and (met or past.partly):
+            position = min(max(past.since, self.history.floor), self.position)
+            return position, met, []
+        return position, met, self.history.last(past.last, names)
+
+    def _walk(self, names: Names, past: Past, begin: Callable[[int, bool], None],
+              tell_gap: Callable[[int], None]) -> Iterator[tuple[list[Entry], int, bool, bool]]:
+        # Each step takes the lock's holder through a piece of the past: to the messages there, the
+        # position behind them, whether all is complete so far, and whether it is the last now.
+        history = self.history
+        position, complete, ids = self._look_back(past, names)
+        begin(position, complete)
+        while True:
+            if position < history.floor or ids and ids[0] <= history.floor:  # it was overtaken
+                position, complete, ids = self.position, False, []
+                tell_gap(position)
+            if ids:
+                entries = history.find(ids)
+                ids = ids[len(entries):]
+            else:
+                entries, position = history.behind(position, names)
+            at_end = not ids and history.ends_at(position)
+            if at_end:
+                position = self.position
+            yield entries, entries[-1][0] if ids else position, complete, at_end
+
+    def _join(self, subscriber: Subscriber, names: Iterable[str]) -> None:
+        connection = subscriber.connection
+        self.issuers[subscriber.id] = connection
+        for name in names:
+            if name not in self.joined:
+                self.joined[name] = {}
+                if name[-1] == "*":
+                    self.prefix_sizes[len(name) - 1] += 1
+            group = self.joined[name].setdefault(subscriber.encoder, {})
+            group[connection] = connection.pending.append
+
+    def _leave(self, subscriber: Subscriber, name: str) -> None:
+        groups = self.joined.get(name, {})
+        groups.get(subscriber.encoder, {}).pop(subscriber.connection, None)
+        if groups and not any(groups.values()):
+            del self.joined[name]
+            if name[-1] == "*":
+                self.prefix_sizes -= collections.Counter([len(name) - 1])  # none at zero are kept
+
+    def _find_groups(self, name: str) -> dict[Encoder, dict[Connection, Callable[[bytes], None]]]:
+        # Who has joined a channel by several patterns is in the groups once.
+        found = self.joined.get(name, {})
+        for size in self.prefix_sizes:
+            matching = self.joined.get(name[:size] + "*", {})
+            found = {encoder: {**found.get(encoder, {}), **matching.get(encoder, {})}
+                     for encoder in {**found, **matching}} if found and matching else (
+                         found or matching)
+        return found
 
 
 _LARGEST_GATHERED = 65536  # bytes
+_MAX_HEADS = 1000
 
 
 class Batch:
@@ -1315,25 +1686,38 @@ class Batch:
     carries many messages.
     """
 
-    __slots__ = ("channels", "issuer", "connection", "least", "limit", "channel", "payloads",
-                 "size", "touched", "receivers")
+    __slots__ = ("log", "issuer", "user", "connection", "least", "limit", "channel", "payloads",
+                 "refs", "heads", "size", "touched", "receivers", "last_id")
 
-    def __init__(self, server: Server, issuer: str, connection: Connection) -> None:
-        self.channels = server.channels
+    def __init__(self, server: Server, issuer: str, user: str, connection: Connection) -> None:
+        self.log = server.log
         self.issuer = issuer
+        self.user = f'"user":{_quoted(user)},'.encode() if user else b""
         self.connection = connection  # counts what is published
         self.least = self.limit = server.settings.write_buffer_size
         self.channel = ""
         self.payloads: list[bytes] = []  # consecutive messages to that channel
+        self.refs: list[tuple[int, str]] = []  # of those that are to be answered, by their index
+        self.heads: dict[str, str] = {}  # by channel: what all its messages begin with
         self.size = 0
         self.touched: dict[Connection, Any] = {}
         self.receivers = 0  # how many subscribers there were for what was delivered last
+        self.last_id = 0
 
-    def add(self, channel: str, payload: bytes) -> None:
-        """Publish a message, by the next flush() at the latest."""
+    def add(self, channel: str, data: str, ref: str | None = None) -> None:
+        """Publish a message with data in JSON, by the next flush() at the latest."""
         if channel != self.channel:
             self.deliver()
             self.channel = channel
+        head = self.heads.get(channel)
+        if head is None:
+            if len(self.heads) >= _MAX_HEADS:
+                self.heads.clear()
+            head = self.heads[channel] = (
+                f'{{"issuer":"{self.issuer}",{self.user.decode()}"channel":{_quoted(channel)}')
+        payload = (f'{head},"data":{data}}}' if data else head + "}").encode()
+        if ref is not None:
+            self.refs.append((len(self.payloads), ref))
         self.payloads.append(payload)
         self.size += len(payload)
         if self.size >= self.limit:
@@ -1341,16 +1725,22 @@ class Batch:
             self.limit = min(4 * self.limit, _LARGEST_GATHERED)
 
     def deliver(self) -> None:
-        """Queue the messages for all subscribers."""
+        """Append the messages to the log, and tell who published them where it was asked for."""
         if self.payloads:
-            self.receivers = self.channels.deliver(
-                self.channel, self.payloads, self.issuer, self.touched)
-            self.connection.published += len(self.payloads)
-            self.connection.delivered += self.receivers * len(self.payloads)
+            count = len(self.payloads)
+            first, self.receivers = self.log.append(
+                self.channel, self.payloads, self.issuer, self.user, self.touched)
+            self.last_id = first + count - 1
+            self.connection.published += count
+            self.connection.delivered += self.receivers * count
             self.payloads = []
+            for index, ref in self.refs:
+                self.connection.put(encode_frame(Opcode.TEXT, encode_answer(
+                    {"published": {"ref": ref, "id": encode_id(first + index)}})))
+            self.refs = []
 
     def flush(self) -> None:
-        """Queue the messages and write to all that they were queued for."""
+        """Append the messages and write to all that they were queued for."""
         self.deliver()
         if self.size < self.limit >> 2:
             self.limit = max(self.limit >> 1, self.least)
@@ -1368,16 +1758,20 @@ class Batch:
 class Subscriber:
     """A connection that messages are queued for, whichever way they are encoded."""
 
-    encode: Encoder
+    encoders: tuple[Encoder, Encoder]  # without ids, and with them
 
-    def __init__(self, connection: Connection, key: AccessKey, channels: Iterable[str],
+    def __init__(self, connection: Connection, key: AccessKey, channels: Names, past: Past,
                  rest: bytes) -> None:
         self.connection = connection
         self.server = connection.server
         self.id = str(uuid.uuid4())
         self.key = key
         self.channels = channels  # to join, and then those that it has joined
+        self.past = past
         self.rest = rest  # what came behind the request, at first
+        # Guarded by the log's lock.
+        self.encoder = self.encoders[past.resumable]
+        self.live = False  # whether it gets all that is published to its channels, or catches up
 
     def run(self) -> None:
         """Serve the connection until it ends. Its own thread."""
@@ -1387,14 +1781,25 @@ class Subscriber:
             # of an hour.
             connection.transport.sock.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * interval))
-        # The head of the answer is queued by now, so nothing of the channels can come before it.
-        self.server.channels.join(self, self.channels)
         if (pause := min(interval or math.inf, self._time_left())) < math.inf:
             self.server.poller.call_at(connection, time.monotonic() + pause)
         log.info("%s: %s connected", connection.address, self.id)
+        # The head of the answer is queued by now, so nothing of the channels can come before it.
+        if self.past.resumable:
+            self.follow(self.channels, self.past, self.encode_beginning, lambda *_: b"")
+        else:
+            self.server.log.join(self, self.channels)
         connection.flush()
         self.serve()
         log.info("%s: %s disconnected", connection.address, self.id)
+
+    def follow(self, names: Names, past: Past, before: Callable[[int, bool], bytes],
+               after: Callable[[int, bool], bytes]) -> None:
+        """Send what was asked for of the past, then join channels; see Log.replay()."""
+        for _ in self.server.log.replay(self, names, past, before, after):
+            if not self.connection.catch_up():
+                break
+        self.connection.flush()
 
     def serve(self) -> None:
         """Read what the client sends."""
@@ -1423,6 +1828,18 @@ class Subscriber:
 
     # Any thread
 
+    def encode_beginning(self, position: int, resumed: bool) -> bytes:
+        """Encode what a client that asked for ids is told first."""
+        raise NotImplementedError
+
+    def encode_position(self, position: int) -> bytes:
+        """Encode that a client has all up to an id."""
+        raise NotImplementedError
+
+    def encode_gap(self, position: int) -> bytes:
+        """Encode that messages may be missing, and that what follows is complete."""
+        raise NotImplementedError
+
     def encode_end(self, code: int, reason: str) -> bytes:
         """Encode the last words to the client; an event stream has none."""
         return b""
@@ -1436,7 +1853,7 @@ class Subscriber:
     def leave(self) -> None:
         """Leave the channels, and count no more as a subscriber."""
         self.server.admission.leave(self.connection)
-        self.server.channels.leave(self, self.channels)
+        self.server.log.forget(self)
 
     def on_overflow(self) -> None:
         """Disconnect a subscriber whose queue grew over its limit. The publisher's thread."""
@@ -1447,6 +1864,7 @@ class Subscriber:
 
 
 _PONGS = 16  # of more pings in one read, only the last is answered (RFC 6455, section 5.5.3)
+_LONGEST_LOOK = 5  # seconds, after which it is looked whether a connection is quiet
 _CONTROL_COST = 0.1  # messages that a ping, a pong or a fragment counts as, for MAX_MESSAGE_RATE
 _REFUSED_COST = 10  # and a message that is dropped
 _BAD_BYTES = 5_000  # of a bad message cost 1, see Connection.charge(): to find a megabyte bad takes
@@ -1456,17 +1874,20 @@ _BAD_BYTES = 5_000  # of a bad message cost 1, see Connection.charge(): to find 
 class WebSocket(Subscriber):
     """A WebSocket connection. simple-websocket runs the protocol, in the connection's thread."""
 
-    encode = staticmethod(encode_text_frames)
+    encoders = (
+        Encoder(lambda entries: b"".join([
+            encode_frame(Opcode.TEXT, payload) for _, payload in entries]), False),
+        Encoder(lambda entries: b"".join([
+            encode_frame(Opcode.TEXT, encode_entry(entry)) for entry in entries]), True))
 
-    def __init__(self, connection: Connection, key: AccessKey, channels: Iterable[str],
+    def __init__(self, connection: Connection, key: AccessKey, channels: Names, past: Past,
                  rest: bytes) -> None:
-        super().__init__(connection, key, channels, rest)
+        super().__init__(connection, key, channels, past, rest)
         self.frames = read_frames(self.server.settings.max_message_size)
         next(self.frames)  # it stands where it needs bytes
         self.read_size = max(self.server.settings.read_buffer_size, _FULL_READ)
-        self.batch = Batch(self.server, self.id, connection)
-        # Channels it published to, and what all its messages there begin with.
-        self.heads: dict[str, str] = {}
+        self.batch = Batch(self.server, self.id, key.user, connection)
+        self.asked: tuple[list[str], Past, str | None] | None = None  # a subscription to be served
         self.pings, self.last_ping = 0, b""  # that came since the last flush
         self.delay = 0.0  # seconds that the peer has to wait, see RateLimit and Connection.charge()
         # The poller's: when the last ping went out; how much of what was written the peer had
@@ -1474,6 +1895,7 @@ class WebSocket(Subscriber):
         self.pinged = 0.0
         self.acknowledged = self.unacknowledged = 0
         self.moved = 0.0
+        self.sent, self.quiet_since = 0, 0.0  # how much was written, and when it was not so much
 
     # Its own thread, in the order of a message's way
 
@@ -1515,6 +1937,7 @@ class WebSocket(Subscriber):
             while item is not None:  # it is the library's, or the peer has to wait behind it
                 if isinstance(item, bytes):
                     return item
+                self._subscribe()
                 self.connection.pause(self.delay)
                 if self.connection.state is CLOSING:
                     return b""
@@ -1532,7 +1955,7 @@ class WebSocket(Subscriber):
                 self._receive_frame(item)
             else:
                 return item
-            if self.delay > 0 or self.connection.state is CLOSING:
+            if self.delay > 0 or self.asked or self.connection.state is CLOSING:
                 return item
             item = next(self.frames)
         return None
@@ -1558,30 +1981,59 @@ class WebSocket(Subscriber):
         connection.received += 1
         if connection.rate.limit:
             self.delay = connection.rate.take(1 + (len(text) >> 14))
+        ref = None
         try:
-            channel, data = check_message(decode_json(text))
-        except BadMessage as error:
-            connection.bad_message += 1
-            connection.log(logging.WARNING, "%s message dropped: %s", self.id, error)
-            self._refuse(error.code, str(error), len(text))
-            return
-        head = self.heads.get(channel)
-        if head is None:
-            if not self.key.may_write(channel):
-                connection.forbidden += 1
-                connection.log(logging.INFO, "%s message dropped: may not write %.80r",
-                               self.id, channel)
-                self._refuse("forbidden", f"the token may not write the channel {_shown(channel)}",
-                             len(text))
+            value = decode_json(text)
+            ref = check_ref(value)
+            if type(value) is dict and "channel" not in value and (
+                    "subscribe" in value or "unsubscribe" in value):
+                self._change_subscriptions(value, ref)
                 return
-            head = self.heads[channel] = encode_head(self.id, channel)
-        self.batch.add(channel, encode_message(head, data))
+            channel, data = check_message(value)
+            if channel not in self.batch.heads and not self.key.may_write(channel):
+                raise Refused(f"the token may not write the channel {_shown(channel)}", "forbidden")
+            self.batch.add(channel, data, ref)
+        except Refused as error:
+            setattr(connection, error.code, getattr(connection, error.code) + 1)
+            connection.log(logging.INFO if error.code == "forbidden" else logging.WARNING,
+                           "%s message dropped: %s", self.id, error)
+            self.batch.flush()
+            self._tell({"error": error.code, "reason": str(error)}, ref)
+            self.delay = max(connection.charge(1 + len(text) / _BAD_BYTES),
+                             connection.rate.take(_REFUSED_COST))
 
-    def _refuse(self, code: str, reason: str, size: int) -> None:
-        self.batch.flush()
-        self.connection.put(encode_frame(Opcode.TEXT, encode_error(code, reason)))
-        self.delay = max(self.connection.charge(1 + size / _BAD_BYTES),
-                         self.connection.rate.take(_REFUSED_COST))
+    def _tell(self, value: Mapping[str, Any], ref: str | None = None) -> None:
+        self.connection.put(encode_frame(Opcode.TEXT, encode_answer(value, ref)))
+
+    def _change_subscriptions(self, value: dict[str, Any], ref: str | None) -> None:
+        # A subscription may take long: it is served by read_messages(), which calls _subscribe().
+        if "subscribe" in value and "unsubscribe" in value:
+            raise Refused("a message may subscribe or unsubscribe, not both")
+        if "subscribe" not in value:
+            names = check_names(value["unsubscribe"])
+            self.batch.deliver()
+            self.server.log.leave(self, names)
+            self.channels = Names(self.channels - {*names})
+            self._tell({"unsubscribed": {"channels": names}}, ref)
+            return
+        names = check_names(value["subscribe"])
+        past = parse_past(value.get("since"), value.get("last"))
+        for name in names:
+            if not self.key.may_read(name):
+                raise Refused(f"the token may not read the channel {_shown(name)}", "forbidden")
+        check_count(len(self.channels.union(names)), self.server.settings)
+        self.asked = names, past, ref
+
+    def _subscribe(self) -> None:
+        if self.asked:
+            (names, past, ref), self.asked = self.asked, None
+            if past.resumable and not self.encoder.with_ids:
+                self.server.log.add_ids(self)
+            new = Names(frozenset(names) - self.channels)
+            self.channels = Names(self.channels | new)
+            self.follow(new, past, lambda *_: b"", lambda position, resumed: encode_frame(
+                Opcode.TEXT, encode_answer({"subscribed": {
+                    "channels": names, "id": encode_id(position), "resumed": resumed}}, ref)))
 
     def flush(self) -> None:
         """Write to all subscribers, and what is for this connection itself."""
@@ -1604,12 +2056,29 @@ class WebSocket(Subscriber):
             self.moved = now
         self.acknowledged, self.unacknowledged = acknowledged, unacknowledged
         heard = max(connection.last_received, self.moved)
+        if self.encoder.with_ids:
+            return min(self._tell_position(now, interval), self._see_to_pings(now, interval, heard))
+        return self._see_to_pings(now, interval, heard)
+
+    def _tell_position(self, now: float, interval: float) -> float:
+        # To one who was sent nothing else for a whole interval.
+        connection = self.connection
+        if connection.sent == self.sent and now >= self.quiet_since + interval:
+            self.server.log.position_for(self)
+            connection.flush()
+        if connection.sent != self.sent:
+            self.sent, self.quiet_since = connection.sent, now
+        return now + min(interval / 4, _LONGEST_LOOK)
+
+    def _see_to_pings(self, now: float, interval: float, heard: float) -> float:
+        connection = self.connection
         if now < heard + interval:
             return heard + interval
         if self.pinged <= heard:
             self.pinged = now
             connection.put(_PING)
             connection.flush()
+            self.sent += len(_PING)  # which is no sign of life that a browser's page can see
         if now < self.pinged + interval:
             return self.pinged + interval
         if self.end(CloseReason.INTERNAL_ERROR, "ping timeout"):
@@ -1619,6 +2088,20 @@ class WebSocket(Subscriber):
         return math.inf
 
     # Any thread
+
+    def encode_beginning(self, position: int, resumed: bool) -> bytes:
+        """Encode a message with what the client has to know to come back."""
+        return encode_frame(Opcode.TEXT, encode_answer({"connected": {
+            "issuer": self.id, "id": encode_id(position), "resumed": resumed,
+            "channels": sorted(self.channels), "ping": self.server.settings.ping_interval}}))
+
+    def encode_position(self, position: int) -> bytes:
+        """Encode a message with nothing but an id."""
+        return encode_frame(Opcode.TEXT, encode_answer({"id": encode_id(position)}))
+
+    def encode_gap(self, position: int) -> bytes:
+        """Encode a gap as a message."""
+        return encode_frame(Opcode.TEXT, encode_answer({"gap": {"id": encode_id(position)}}))
 
     def encode_end(self, code: int, reason: str) -> bytes:
         """Encode a close frame."""
@@ -1674,8 +2157,12 @@ class _LibrarySocket:
 class EventStream(Subscriber):
     """A client that follows channels as server-sent events (WHATWG HTML, section 9.2)."""
 
-    encode = staticmethod(
-        lambda payloads: b"".join([b"data: %b\n\n" % payload for payload in payloads]))
+    encoders = (
+        Encoder(lambda entries: b"".join([
+            b"data: %b\n\n" % payload for _, payload in entries]), False),
+        Encoder(lambda entries: b"".join([
+            b"id: %b\ndata: %b\n\n" % (encode_id(position).encode(), payload)
+            for position, payload in entries]), True))
 
     def serve(self) -> None:
         """Wait for the client to go away; it has nothing to say."""
@@ -1687,9 +2174,26 @@ class EventStream(Subscriber):
 
         A client that is gone is found out by the system, which waits for its acknowledgement.
         """
-        self.connection.put(b":\n\n")
+        if self.encoder.with_ids:
+            self.server.log.position_for(self)
+        else:
+            self.connection.put(b":\n\n")
         self.connection.flush()
         return now + interval
+
+    # Any thread
+
+    def encode_beginning(self, position: int, resumed: bool) -> bytes:
+        """Encode the position, or a gap."""
+        return self.encode_position(position) if resumed else self.encode_gap(position)
+
+    def encode_position(self, position: int) -> bytes:
+        """Encode an event of nothing but an id, which a browser sends when it comes back."""
+        return f"id: {encode_id(position)}\n\n".encode()
+
+    def encode_gap(self, position: int) -> bytes:
+        """Encode a gap as an event of its own kind."""
+        return f"event: gap\nid: {encode_id(position)}\ndata: {{}}\n\n".encode()
 
 
 # --------------------------------------------------------------------------------------------- HTTP
@@ -1711,9 +2215,10 @@ _RETRY = {"Retry-After": "5"}
 class Subscription(NamedTuple):
     """What a connection becomes behind the head of a response."""
 
-    kind: Callable[[Connection, AccessKey, Iterable[str], bytes], Subscriber]
+    kind: Callable[[Connection, AccessKey, Names, Past, bytes], Subscriber]
     key: AccessKey
-    channels: frozenset[str]
+    channels: Names
+    past: Past
 
 
 class Response(NamedTuple):
@@ -1984,11 +2489,12 @@ class HTTPHandler:
             if request.key.expired:
                 raise HTTPError(401, "the token has expired")
         issuer = str(uuid.uuid4())
-        batch = Batch(self.server, issuer, connection)
+        batch = Batch(self.server, issuer, request.key.user, connection)
         for channel, data in messages:
-            batch.add(channel, encode_message(encode_head(issuer, channel), data))
+            batch.add(channel, data)
             batch.deliver()
-            answers.append({"issuer": issuer, "receivers": batch.receivers})
+            answers.append({"issuer": issuer, "id": encode_id(batch.last_id),
+                            "receivers": batch.receivers})
         batch.flush()
         return answers
 
@@ -2040,7 +2546,8 @@ class HTTPHandler:
 
     def _subscribe(self, response: Response, subscription: Subscription) -> Subscriber:
         subscriber = subscription.kind(
-            self.connection, subscription.key, subscription.channels, self.buffer)
+            self.connection, subscription.key, subscription.channels, subscription.past,
+            self.buffer)
         self.server.admission.subscribe(self.connection)
         headers = {**response.headers, **self.cors}
         self._move(SUBSCRIBED, Response(response.status, b"", headers).encode(whole=False),
@@ -2119,25 +2626,56 @@ def check_local(request: Request) -> None:
                         f"{_shown(origin)}", "protected")
 
 
+def find_subscription(kind: Any, handler: HTTPHandler, request: Request) -> Subscription:
+    """Take from the query which channels a client asks for, and of what time."""
+    key, given = request.key, request.query
+    names = Names(given.get("channel", key.read))
+    for name in sorted(names):
+        if not name or not key.may_read(name):
+            raise HTTPError(403, f"the token may not read the channel {_shown(name)}")
+    try:
+        check_count(len(names), handler.server.settings)
+        for name in "since", "last":
+            if len(given.get(name, [])) > 1:
+                raise Refused(f"there may be one {name}")
+        past = parse_past(*(given.get(name, [None])[0] for name in ("since", "last")))
+    except Refused as error:
+        raise HTTPError(400, str(error), error.code.replace("message", "request")) from None
+    return Subscription(kind, key, names, past)
+
+
 def open_websocket(handler: HTTPHandler, request: Request) -> Response:
     """Answer an opening handshake (RFC 6455, section 4.2.2); extensions are declined."""
     accept = generate_accept_token(request.headers["sec-websocket-key"].encode()).decode()
     return Response(101, b"", {**_UPGRADE, "Sec-WebSocket-Accept": accept},
-                    Subscription(WebSocket, request.key, request.key.read))
+                    find_subscription(WebSocket, handler, request))
 
 
 def follow_events(handler: HTTPHandler, request: Request) -> Response:
     """GET /api/events: follow channels, by default all that the token may read."""
-    channels = frozenset(request.query.get("channel", request.key.read))
-    for channel in sorted(channels):
-        if not request.key.may_read(channel):
-            raise HTTPError(403, f"the token may not read the channel {_shown(channel)}")
+    if "last-event-id" in request.headers:  # of a browser that comes back
+        request.query["since"] = [request.headers["last-event-id"]]
+    subscription = find_subscription(EventStream, handler, request)
     kinds = {word.partition(";")[0].strip() for word in request.tokens("accept")}
     if not kinds & {"", "*/*", "text/*", "text/event-stream"}:
         raise HTTPError(406, "this is a text/event-stream")
     headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
                "X-Accel-Buffering": "no", **_CLOSE}
-    return Response(200, b"", headers, Subscription(EventStream, request.key, channels))
+    return Response(200, b"", headers, subscription)
+
+
+def tell_history(handler: HTTPHandler, request: Request) -> Response:
+    """GET /api/history: what is kept, some MAX_QUEUE_SIZE bytes at most; there is more behind `id`.
+    """
+    _, _, names, past = find_subscription(EventStream, handler, request)
+    if not past.resumable:
+        past = Past(0, True)
+    entries, position, complete = handler.server.log.read(
+        names, past, handler.server.settings.max_queue_size)
+    complete = complete or "since" not in request.query
+    return Response(200, b'{"messages":[%b],"id":"%b","complete":%b}\n' % (
+        b",".join(map(encode_entry, entries)), encode_id(position).encode(),
+        b"true" if complete else b"false"), {**_JSON, "Cache-Control": "no-store"})
 
 
 def publish(handler: HTTPHandler, request: Request) -> Response:
@@ -2156,8 +2694,8 @@ def publish(handler: HTTPHandler, request: Request) -> Response:
         single = not isinstance(value, list)
         messages = [check_message(item) for item in ([value] if single else value)]
         del body, value  # they may be large, and wait long
-    except (BadMessage, UnicodeDecodeError) as error:
-        raise HTTPError(400, str(error), BadMessage.code) from None
+    except (Refused, UnicodeDecodeError) as error:
+        raise HTTPError(400, str(error), "bad_message") from None
     answers = handler.publish(request, messages)
     handler.charge = 0
     return respond_json(answers[0] if single else answers)
@@ -2181,7 +2719,11 @@ def tell_info(handler: HTTPHandler, request: Request) -> Response:
         "num_cpu": os.cpu_count(), "pid": os.getpid(),
         "uptime_in_seconds": round(time.monotonic() - server.started),
         "tcp_port": server.server_address[1],
-        "connections": totals["open"], "channels": totals["channels"], **settings,
+        "connections": totals["open"], "channels": totals["channels"],
+        "history_messages": totals["history_messages"], "history_bytes": totals["history_bytes"],
+        "history_oldest": encode_id(totals["history_oldest"]) if totals["history_oldest"] else None,
+        "resumes": totals["resumed"],
+        "resumes_failed": totals["not_resumed"], "gaps": totals["gaps"], **settings,
     })
 
 
@@ -2215,7 +2757,8 @@ UPGRADE = Endpoint(open_websocket, "token")
 ENDPOINTS: dict[str, dict[str, Endpoint]] = {
     "/": {"GET": Endpoint(ask_for_upgrade)},
     "/api/publish": {"POST": Endpoint(publish, "token")},
-    "/api/events": {"GET": Endpoint(follow_events, "token", ("channel",))},
+    "/api/events": {"GET": Endpoint(follow_events, "token", ("channel", "since", "last"))},
+    "/api/history": {"GET": Endpoint(tell_history, "token", ("channel", "since", "last"))},
     "/api/info": {"GET": Endpoint(tell_info, "api")},
     "/metrics": {"GET": Endpoint(tell_metrics, "api")},
     "/health": {"GET": Endpoint(tell_health)},
@@ -2322,7 +2865,8 @@ class Admission:
         return True
 
 
-_COUNTED = ("received", "published", "delivered", "bytes_received", "bad_message", "forbidden")
+_COUNTED = ("received", "published", "delivered", "bytes_received", "bad_message", "forbidden",
+            "too_many")
 
 
 def _add_counters(connection: Connection, totals: collections.Counter[str]) -> None:
@@ -2344,15 +2888,21 @@ class Metrics:
         ("messages_delivered_total", "counter", "Messages queued for subscribers.", "delivered"),
         ("received_bytes_total", "counter", "Bytes read.", "bytes_received"),
         ("sent_bytes_total", "counter", "Bytes written.", "bytes_sent"),
-        ("errors_total", "counter", "Messages dropped, by code.", "bad_message", "forbidden"),
+        ("errors_total", "counter", "Messages dropped, by code.", "bad_message", "forbidden",
+         "too_many"),
+        ("history_messages", "gauge", "Messages kept for those who come back.", "history_messages"),
+        ("history_bytes", "gauge", "Bytes that these take.", "history_bytes"),
+        ("resumes_total", "counter", "Clients that came back and missed nothing.", "resumed"),
+        ("resumes_failed_total", "counter", "And those that may have.", "not_resumed"),
+        ("gaps_total", "counter", "Gaps that clients were told of.", "gaps"),
         ("slow_consumers_total", "counter", "Subscribers cut for not reading.", "slow_consumers"),
         ("log_lines_lost_total", "counter", "Log lines that were not written.", "log_lines_lost"),
         ("refusals_total", "counter", "Requests refused, by reason."),
     )
 
-    def __init__(self, admission: Admission, channels: Channels) -> None:
+    def __init__(self, admission: Admission, log: Log) -> None:
         self.admission = admission
-        self.channels = channels
+        self.log = log
         self.lock = threading.Lock()  # guards the next two
         self.events: collections.Counter[str] = collections.Counter()
         self.refusals: collections.Counter[str] = collections.Counter()  # requests, by code
@@ -2370,7 +2920,7 @@ class Metrics:
     def totals(self) -> collections.Counter[str]:
         """Sum up all that is counted, but for the refusals."""
         totals = self.admission.totals()
-        totals["channels"] = len(self.channels)
+        totals.update(self.log.totals())
         totals["log_lines_lost"] = BackgroundHandler.lost
         with self.lock:
             return totals + self.events
@@ -2472,9 +3022,9 @@ class Server(socketserver.ThreadingTCPServer):
         self.stopped = threading.Event()
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None
-        self.channels = Channels()
+        self.log = Log(settings)
         self.admission = Admission(settings, self.stopping)
-        self.metrics = Metrics(self.admission, self.channels)
+        self.metrics = Metrics(self.admission, self.log)
         self.log_limit = LogLimit()  # of lines about what peers do
         self.own_log_limit = LogLimit()  # of others, which no flood of those can silence
         # For who owns the process, as `philote serve` does: set where there is an interpreter's
@@ -3110,10 +3660,10 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parse_duration(text: str) -> float:
-    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text, re.ASCII)
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a duration such as 90s, 15m, 1h or 7d")
-    return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _parse_count(text: str) -> int:

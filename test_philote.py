@@ -180,11 +180,11 @@ class RawClient:
     """A WebSocket client made of a socket; `rest` goes out in one packet with the handshake."""
 
     def __init__(self, server, read=(), write=(), rest=b"", receive_buffer=None, token=None,
-                 **claims):
+                 query="", **claims):
         self.sock = dial(server, receive_buffer)
         self.file = self.sock.makefile("rb")
         token = make_token(read, write, **claims) if token is None else token
-        self.send(upgrade_request(headers={"Authorization": "Bearer " + token}) + rest)
+        self.send(upgrade_request("/" + query, headers={"Authorization": "Bearer " + token}) + rest)
         self.response = read_response(self.file)
         assert self.response[0] == 101, self.response
 
@@ -208,6 +208,11 @@ class RawClient:
 
     def publish(self, channel, data):
         self.send(text(channel, data))
+
+    def ask(self, **value):
+        """Send a message made of these fields, and receive the next one."""
+        self.send(frame(1, json.dumps(value)))
+        return self.receive()
 
     def read_frame(self):
         """The next frame, as (opcode, payload); None at the end of the connection."""
@@ -287,7 +292,7 @@ def pending_count(server):
 
 
 def channel_count(server):
-    return len(server.channels)
+    return len(server.log.joined)
 
 
 @pytest.fixture
@@ -590,8 +595,14 @@ def test_a_message_is_accepted(server, sent, data):
 BAD_MESSAGES = [
     "", "{", "[]", "5", "null", "true", '"text"', "NaN", "[" * 200000, "[" * 200000 + "]" * 200000,
     "7" * 5000, '{"a":' * 50000, '{"data": "x"}', '{"channel": 5}', '{"channel": []}',
-    '{"channel": null}', '{"channel": ""}', '{"channel": "a", "data": {}}',
-    '{"channel": "a", "data": 5}', '{"channel": "a", "data": ["x"]}',
+    '{"channel": null}', '{"channel": ""}', '{"channel": "a*"}', '{"channel": "*", "data": "x"}',
+    '{"channel": "a", "data": 1e999}', '{"channel": "a", "data": [{"x": -1e999}]}',
+    '{"channel": "a", "data": NaN}', '{"channel": "a", "ref": 5}', '{"channel": "a", "ref": "%s"}'
+    % ("x" * 65), '{"subscribe": "a"}', '{"subscribe": [""]}', '{"subscribe": [5]}',
+    '{"subscribe": null}', '{"unsubscribe": "a"}', '{"subscribe": [], "unsubscribe": []}',
+    *['{"subscribe": [], "%s}' % part for part in (
+        'since": ""', 'since": 5', 'since": "x"', 'since": "1-"', 'since": "10y"', 'since": "-1-0"',
+        'last": -1', 'last": "x"', 'last": 1.5', 'last": true', 'last": 100001', 'last": []')],
     '{"channel": "a", "data": "x", "n": NaN}', '{"channel": "a"} {}', '\ufeff{"channel": "a"}',
     "{'channel': 'a'}", '{"channel": "a", "data": "tab\there"}',
     '{"channel": "a", "n": ' + "7" * 5000 + "}"]
@@ -614,9 +625,12 @@ def test_a_message_nested_to_any_depth_is_a_bad_message(server, caplog):
     with undisturbed(server, caplog), RawClient(server, write=["a"]) as writer:
         for depth in range(880, 1010):
             deep = "[" * depth + "]" * depth
-            for sent in (deep, '{"channel": %s}' % deep, '{"channel": "a", "data": %s}' % deep):
+            for sent in (deep, '{"channel": %s}' % deep):
                 writer.send(frame(1, sent))
                 assert writer.receive()["error"] == "bad_message"
+            writer.send(frame(1, '{"channel": "a", "ref": "r", "data": %s}' % deep))
+            answer = writer.receive()
+            assert "published" in answer or answer["error"] == "bad_message"
 
 
 @pytest.mark.parametrize("sent", [b"\xff\xfe{\x00}\x00", b"\x80", b'{"channel": "a\xff"}'])
@@ -634,7 +648,7 @@ def test_a_message_to_a_channel_that_may_not_be_written_is_refused(server, caplo
         assert error["error"] == "forbidden" and '"b"' in error["reason"]
         writer.publish("a", "fine")
         assert reader.receive()["data"] == "fine"
-        assert any(r.levelname == "INFO" and "may not write 'b'" in r.message
+        assert any(r.levelname == "INFO" and 'may not write the channel "b"' in r.message
                    for r in caplog.records)
         assert "secret words" not in caplog.text
 
@@ -1076,6 +1090,10 @@ def test_what_a_full_connection_holds_back_is_counted_to_the_byte(unserved):
 
 # Who waits for which lock: what it guards is said where it is made.
 
+def PLAIN(*_):
+    return b""
+
+
 LOCKED = {
     "connection": (lambda s, c, w: c.lock, [
         lambda s, c, w: c.move(philote.SUBSCRIBED), lambda s, c, w: c.finish(b"x"),
@@ -1085,10 +1103,13 @@ LOCKED = {
         lambda s, c, w: s.poller.watch(c), lambda s, c, w: s.poller.call_at(c, 1e9),
         lambda s, c, w: s.poller.forget(c), lambda s, c, w: s.poller._serve_requests(),
         lambda s, c, w: s.poller._take_due(0.0)]),
-    "channels": (lambda s, c, w: s.channels.lock, [
-        lambda s, c, w: len(s.channels), lambda s, c, w: s.channels.join(w, ["a"]),
-        lambda s, c, w: s.channels.leave(w, ["a"]),
-        lambda s, c, w: s.channels.deliver("a", [b"x"], w.id, {})]),
+    "log": (lambda s, c, w: s.log.lock, [
+        lambda s, c, w: s.log.totals(), lambda s, c, w: s.log.join(w, ["a"]),
+        lambda s, c, w: s.log.leave(w, ["a"]), lambda s, c, w: s.log.forget(w),
+        lambda s, c, w: s.log.append("a", [b"{}"], w.id, b"", {}),
+        lambda s, c, w: list(s.log.replay(w, w.channels, w.past, PLAIN, PLAIN)),
+        lambda s, c, w: s.log.read(w.channels, w.past, 1), lambda s, c, w: s.log.position_for(w),
+        lambda s, c, w: s.log.add_ids(w)]),
     "admission": (lambda s, c, w: s.admission.lock, [
         lambda s, c, w: s.admission.admit(c), lambda s, c, w: s.admission.renew(c),
         lambda s, c, w: s.admission.subscribe(c), lambda s, c, w: s.admission.leave(c),
@@ -1107,7 +1128,8 @@ def test_whoever_shares_something_waits_for_the_lock_that_guards_it(unserved, na
     for call in calls:
         ours, theirs = socket.socketpair()
         connection = philote.Connection(unserved, ours, "x")
-        websocket = philote.WebSocket(connection, philote.AccessKey(), ["a"], b"")
+        websocket = philote.WebSocket(
+            connection, philote.AccessKey(), philote.Names("a"), philote.Past(), b"")
         with ours, theirs:
             with lock_of(unserved, connection, websocket):
                 thread = threading.Thread(target=call, args=(unserved, connection, websocket))
@@ -1488,7 +1510,7 @@ def test_a_message_published_over_http_reaches_the_subscribers(server):
     with RawClient(server, ["a"]) as one, Follower(server) as two, \
             RawClient(server, ["b"]) as other:
         answer = publish(server, {"channel": "a", "data": "h\u00e9\u2028\n"})
-        assert set(answer) == {"issuer", "receivers"} and answer["receivers"] == 2
+        assert set(answer) == {"issuer", "id", "receivers"} and answer["receivers"] == 2
         assert uuid.UUID(answer["issuer"]).version == 4
         expected = {"issuer": answer["issuer"], "channel": "a", "data": "h\u00e9\u2028\n"}
         assert one.receive() == two.receive() == expected and other.is_quiet()
@@ -1546,7 +1568,7 @@ PUBLISH_ERRORS = {
     (400, "bad_message"): [publish_request(body) for body in (
         b"channel=a&data=x", b"", b'"a"', b'{"data": "x"}', b'{"channel": "a", "data": "\xff"}',
         b"[" * 200_000, b'[[{"channel": "a"}]]', b'[{"channel": "a"}, null]',
-        b'[{"channel": "a", "data": "x"}, {"channel": "a", "data": 5}]',
+        b'[{"channel": "a", "data": "x"}, {"channel": "a*", "data": 5}]',
         b'[{"channel": "a"}, []]', b'[{"channel": "a"}, {"channel": "b"}')],
     (400, "bad_request"): [publish_request(headers=headers) for headers in (
         {"Content-Length": "1e3"}, {"Content-Length": "-1"}, {"content-length": "29"})],
@@ -1714,7 +1736,8 @@ def test_messages_over_http_beyond_the_rate_come_later_and_delay_nobody_else():
 INFO = ("version python implementation gil num_cpu pid uptime_in_seconds tcp_port connections "
         "max_connections channels read_buffer_size write_buffer_size check_origin host loglevel "
         "max_message_size max_queue_size max_message_rate ping_interval request_timeout "
-        "shutdown_timeout").split()
+        "shutdown_timeout max_subscriptions history_time history_size history_messages "
+        "history_bytes history_oldest resumes resumes_failed gaps").split()
 
 
 def info_of(server):
@@ -1779,7 +1802,7 @@ def test_the_metrics_are_in_prometheus_text_format_and_name_no_channel_or_client
     assert all(family.documentation and family.samples for family in families)
     assert {family.type for family in families} == {"gauge", "counter"}
     samples = [sample for family in families for sample in family.samples]
-    assert len({(sample.name, *sample.labels.items()) for sample in samples}) == len(samples) == 14
+    assert len({(sample.name, *sample.labels.items()) for sample in samples}) == len(samples) == 20
     assert all(sample.name.startswith("philote_") for sample in samples)
     assert {key for sample in samples for key in sample.labels} == {"code", "reason"}
     assert not re.search(r"channel-|[0-9a-f]{8}-|127\.0", repr(families))
@@ -1804,7 +1827,8 @@ def test_the_metrics_of_a_known_run_are_exact(server):
         "connections": 4, "connections_total": 4, "channels": 3, "messages_received_total": 12,
         "messages_published_total": 7, "messages_delivered_total": 14, "slow_consumers_total": 0,
         "log_lines_lost_total": 0,
-        "errors_total bad_message": 3, "errors_total forbidden": 2,
+        "errors_total bad_message": 3, "errors_total forbidden": 2, "errors_total too_many": 0,
+        "history_messages": 7, "resumes_total": 0, "resumes_failed_total": 0, "gaps_total": 0,
         "refusals_total unauthorized": 2, "refusals_total not_found": 1}
     wait_until(lambda: not subscriber_count(server) and not channel_count(server))
     assert metrics_of(server).items() >= {
@@ -2624,8 +2648,9 @@ def test_a_token_that_expires_while_its_messages_wait_publishes_none(server):
         assert time.time() >= expires and reader.is_quiet()
 
 
-def test_nothing_of_what_a_quiet_client_sent_is_held(server, without_gc):
-    with RawClient(server, ["a"]) as reader, RawClient(server, write=["a"]) as writer:
+def test_nothing_of_what_a_quiet_client_sent_is_held(without_gc):
+    with running(history_time=0) as server, RawClient(server, ["a"]) as reader, \
+            RawClient(server, write=["a"]) as writer:
         tracemalloc.start()
         try:
             writer.send(text("a", "x" * 30_000))
@@ -2775,6 +2800,503 @@ def test_those_who_send_much_at_a_time_take_turns(server, monkeypatch):
             calm.publish("a", "calm")  # little needs no turn
             assert reader.receive()["data"] == "calm" and totals(server)["published"] == 1
         assert reader.receive_data(40) == ["busy"] * 40
+
+
+# ---------------------------------------------------------------------------------------------- log
+
+def number(id):
+    """An id as what it is compared by."""
+    return tuple(map(int, id.split("-")))
+
+
+def publish_to(server, channels, begin=0, **claims):
+    """Publish the numbers from `begin` on as data, one to each channel; returns their ids."""
+    token = make_token(write=["*"], **claims)
+    answers = publish(server, [{"channel": channel, "data": begin + i}
+                               for i, channel in enumerate(channels)], token)
+    return [answer["id"] for answer in answers]
+
+
+class Returner(RawClient):
+    """A WebSocket client that asks for ids; `beginning` is what it was told first."""
+
+    def __init__(self, server, read=("*",), query="?since=now", **options):
+        super().__init__(server, read, query=query, **options)
+        self.beginning = self.receive()["connected"]
+
+    def receive_ids(self, count):
+        return [self.receive()["id"] for _ in range(count)]
+
+
+def test_who_asks_for_ids_is_told_where_it_stands_and_who_does_not_gets_the_bytes_of_ever(server):
+    with Returner(server, ["b*", "a"]) as client, RawClient(server, ["a"]) as plain:
+        begin = client.beginning
+        assert begin == {"issuer": begin["issuer"], "id": begin["id"], "resumed": True,
+                         "channels": ["a", "b*"], "ping": 25}
+        assert uuid.UUID(begin["issuer"]).version == 4
+        ids = publish_to(server, "abab")
+        assert client.receive_ids(4) == ids
+        assert sorted(map(number, [begin["id"], *ids])) == [*map(number, [begin["id"], *ids])]
+        assert abs(number(ids[0])[0] / 1000 - time.time()) < PATIENCE
+        publish(server, {"channel": "a", "data": "x"}, make_token(write=["a"], sub="me"))
+        assert re.fullmatch(r'\{"id":"\d+-\d+","issuer":"[0-9a-f-]{36}","user":"me","channel":"a",'
+                            r'"data":"x"\}', client.read_frame()[1].decode())
+        assert plain.receive_data(2) == [0, 2]
+        assert re.fullmatch(r'\{"issuer":"[0-9a-f-]{36}","channel":"a","data":"x"\}',
+                            plain.read_frame()[1].decode())
+
+
+@pytest.mark.parametrize("query, seen, resumed", [
+    ("?since={2}", [3, 4, 5, 6, 7], True), ("?since={7}", [], True), ("?since=now", [], True),
+    ("?since=10m", [*range(8)], False), ("?since=0s", [], True), ("?last=1", [6, 7], True),
+    ("?last=0", [], True), ("?last=3", [2, 3, 4, 5, 6, 7], True),
+    ("?since={2}&channel=a", [4, 6], True), ("?since={2}&last=1", [3, 4, 5, 6, 7], True),
+    ("?since=0-0&last=1", [6, 7], False), ("?since=9999999999999-0", [], False),
+    ("?since=0-0", [], False), ("?since=now&last=1", [6, 7], True),
+    ("?since={before}", [*range(8)], True), ("?last=1&channel=a&channel=*", [6, 7], True)])
+def test_what_was_asked_for_of_the_past_comes_first_in_order_and_then_what_is_new(
+        server, query, seen, resumed):
+    with Returner(server) as early:
+        before = early.beginning["id"]
+    ids = publish_to(server, "abababab")
+    wait_until(lambda: time.time() * 1000 > number(ids[-1])[0] + 1)
+    query, read = query.format(*ids, before=before), ["a", "b", "*"]
+    with Returner(server, read, query) as client, Follower(server, read, query) as stream:
+        assert client.beginning["resumed"] is resumed
+        assert stream.read_event()[0].startswith(b"id: " if resumed else b"event: gap\n")
+        publish_to(server, "a", 8)
+        messages = [client.receive() for _ in [*seen, 8]]
+        assert [message["data"] for message in messages] == [*seen, 8]
+        assert [message["id"] for message in messages[:-1]] == [ids[i] for i in seen]
+        for message in messages:
+            assert stream.read_event() == [f"id: {message.pop('id')}\n".encode(), b"data: %b\n" % (
+                json.dumps(message, separators=(",", ":")).encode())]
+        assert client.is_quiet()
+
+
+@pytest.mark.parametrize("query, named", [
+    ("since=", "since"), ("since=x", "since"), ("since=1-", "since"), ("since=1-2-3", "since"),
+    ("since=5y", "since"), ("since=-5m", "since"), ("last=", "last"), ("last=x", "last"),
+    ("last=-1", "last"), ("last=100000", "last"), ("last=1.5", "last"),
+    ("since=now&since=now", "since"), ("last=1&last=1", "last"),
+    ("since=" + "9" * 5000 + "-0", "since")])
+@pytest.mark.parametrize("path", ["/?", "/api/events?", "/api/history?"])
+def test_a_bad_wish_for_the_past_is_named(server, path, query, named):
+    request = upgrade_request(path + query, {"Authorization": "Bearer " + GOOD}) if path == "/?" \
+        else http_request("GET", path + query, token=GOOD)
+    response = ask(server, request)
+    assert error_of(response) == (400, "bad_request")
+    assert named in json.loads(response[2])["reason"] and len(response[2]) < 300
+
+
+def test_channels_are_checked_against_the_token_and_counted():
+    with running(max_subscriptions=3) as server:
+        for query, expected in {
+                "?channel=a": (101, None), "?channel=b": (403, "forbidden"),
+                "?channel=c.*&channel=c.d.*": (101, None), "?channel=c*": (403, "forbidden"),
+                "?channel=": (403, "forbidden"), "?channel=*": (403, "forbidden"),
+                "?channel=c.1&channel=c.2&channel=c.3": (101, None),
+                "?channel=c.1&channel=c.2&channel=c.3&channel=a": (400, "too_many")}.items():
+            headers = {"Authorization": "Bearer " + make_token(["a", "c.*"])}
+            for request in (upgrade_request("/" + query, headers),
+                            http_request("GET", "/api/history" + query, None, "", headers)):
+                response = ask(server, request)
+                if expected[0] != 101:
+                    assert error_of(response) == expected, query
+                else:
+                    assert response[0] in (101, 200)
+        assert status_of(server, upgrade_request("/?auth=" + make_token("abcd"))) == 400
+
+
+@pytest.mark.parametrize("lost", ["size", "time", "restart", "off"])
+def test_what_is_no_longer_kept_is_said_and_no_part_of_it_is_sent(lost):
+    limits = {"size": {"history_size": 2000}, "time": {"history_time": 0.2}, "restart": {},
+              "off": {"history_time": 0}}[lost]
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(running(**limits))
+        ids = publish_to(server, "aaa")
+        publish_to(server, "a" * 10, 3)
+        if lost == "restart":
+            server = stack.enter_context(running())
+            publish_to(server, "aa")
+        wait_until(lambda: lost != "time" or not totals(server)["history_messages"])
+        with Returner(server, query="?since=" + ids[0]) as client, \
+                Follower(server, ["*"], "?since=" + ids[0]) as stream:
+            assert client.beginning["resumed"] is False and client.is_quiet()
+            assert [line[:10] for line in stream.read_event()] == [
+                b"event: gap", b"id: " + ids[0][:6].encode(), b"data: {}\n"]
+        assert totals(server)["not_resumed"] == 2
+        with Returner(server, query="?since=" + client.beginning["id"]) as again:
+            assert again.beginning["resumed"] is True and again.is_quiet()
+
+
+def test_a_stream_comes_back_with_the_last_event_that_it_saw(server):
+    ids = publish_to(server, "aaaa", sub="someone")
+    request = http_request("GET", "/api/events?since=10m", token=GOOD,
+                           headers={"Last-Event-ID": ids[1]})
+    with dial(server) as sock, sock.makefile("rb") as file:
+        sock.sendall(request)
+        assert read_response(file)[0] == 200
+        lines = [file.readline() for _ in range(5)]
+        assert lines[:4] == [b"id: %b\n" % ids[1].encode(), b"\n",
+                             b"id: %b\n" % ids[2].encode(), lines[3]]
+        assert json.loads(lines[3][6:]).items() >= {"user": "someone", "data": 2}.items()
+    bad = http_request("GET", "/api/events", token=GOOD, headers={"Last-Event-ID": "x"})
+    assert status_of(server, bad) == 400
+
+
+def test_channels_are_joined_and_left_at_run_time(server):
+    ids = publish_to(server, "aabb")
+    with RawClient(server, ["a", "b", "c.*"], query="?channel=a") as client:
+        assert client.ask(subscribe=["b", "c.x"])["subscribed"] == {
+            "channels": ["b", "c.x"], "id": ids[-1], "resumed": True}
+        publish_to(server, ["c.x", "b", "c.y", "a"])
+        assert client.receive_data(3) == [0, 1, 3]
+        assert client.ask(subscribe=["b"], ref="again")["ref"] == "again"
+        assert client.ask(unsubscribe=["b", "nothing"]) == {
+            "unsubscribed": {"channels": ["b", "nothing"]}}
+        publish_to(server, "ba")
+        assert client.receive_data(1) == [1] and client.is_quiet()
+
+
+def test_a_subscription_brings_what_it_asks_for_of_the_past_before_its_answer(server):
+    ids = publish_to(server, "abaabb")
+    with RawClient(server, ["a", "b"], query="?channel=a") as client:
+        assert client.ask(subscribe=["b"], since=ids[1])["id"] == ids[4]
+        assert client.receive()["id"] == ids[5]
+        assert client.receive()["subscribed"] == {
+            "channels": ["b"], "id": ids[5], "resumed": True}
+        publish_to(server, "a", 6)
+        assert number(client.receive()["id"]) > number(ids[5])  # now all messages have ids
+        client.ask(unsubscribe=["b"])
+        assert client.ask(subscribe=["b"], since="0-1", last=1)["id"] == ids[5]
+        assert client.receive()["subscribed"]["resumed"] is False
+
+
+def test_subscriptions_are_all_or_none_and_bounded():
+    with running(max_subscriptions=3) as server, RawClient(server, ["a*", "b"], ["c"]) as client:
+        for names, code in ((["a1", "c"], "forbidden"), (["a1", "*"], "forbidden"),
+                            (["a1", "a2"], "too_many"), (["b", "b*"], "forbidden")):
+            answer = client.ask(subscribe=names, ref="r")
+            assert (answer["error"], answer["ref"]) == (code, "r") and answer["reason"]
+        assert channel_count(server) == 2
+        assert "subscribed" in client.ask(subscribe=["a1", "a1", "b"])
+        assert client.ask(subscribe=["a2"])["error"] == "too_many"
+        assert "unsubscribed" in client.ask(unsubscribe=["a*"])
+        assert "subscribed" in client.ask(subscribe=["a2"])
+        assert metrics_of(server)["errors_total too_many"] == 2
+
+
+def test_what_matches_several_subscriptions_comes_once(server):
+    names = ["chat.de", "chat.*", "chat.de.*", "*", "chat.d*"]
+    with RawClient(server, names) as plain, Returner(server, names) as client, \
+            Follower(server, names) as stream, RawClient(server, ["chat.*"]) as some:
+        publish_to(server, ["chat.de", "chat.", "chat", "chat.de.x", "other", "chat.*x"])
+        for reader in plain, client, stream:
+            assert reader.receive_data(6) == [*range(6)]
+        assert some.receive_data(4) == [0, 1, 3, 5]
+        for left in ("*", "chat.*", "chat.de"):
+            assert "unsubscribed" in client.ask(unsubscribe=[left])
+        publish_to(server, ["chat.de", "chat.de.x", "chat.x", "other"], 6)
+        assert client.receive_data(2) == [6, 7] and client.is_quiet()
+        assert plain.receive_data(4) == [6, 7, 8, 9]
+    wait_until(lambda: not channel_count(server) and not server.log.prefix_sizes)
+
+
+def test_a_pattern_lets_its_bearer_write_what_it_covers(server):
+    with RawClient(server, ["*"]) as reader, RawClient(server, write=["room.*", "x"]) as writer:
+        for channel in ("room.", "room.1", "x"):
+            writer.publish(channel, channel)
+            assert reader.receive()["channel"] == channel
+        for channel in ("room", "xx", "y"):
+            assert writer.ask(channel=channel)["error"] == "forbidden"
+
+
+def test_a_publisher_to_any_number_of_channels_is_held_in_bounds(server):
+    with RawClient(server, write=["*"]) as writer:
+        for i in range(3000):
+            writer.publish(str(i), "x")
+        assert writer.is_quiet()
+        websocket, = (c.handler for c in server.admission.connections())
+        assert len(websocket.batch.heads) <= 1000
+
+
+ANY_DATA = [0, -1, 1.5, 10**40, 1e-300, True, False, [], {}, [None], {"a": {"b": [1, "\u00e9"]}},
+            {"\ud800": "\udfff"}, ["\U0001f600\u2028"], {"": ""}, [[[[[]]]]], "text", " "]
+
+
+@pytest.mark.parametrize("data", ANY_DATA, ids=ascii)
+def test_what_was_published_arrives_as_the_same_value(server, data):
+    with RawClient(server, ["a"]) as plain, Returner(server) as client, \
+            Follower(server) as stream, RawClient(server, write=["a"]) as writer:
+        writer.publish("a", data)
+        publish(server, {"channel": "a", "data": data})
+        for _ in range(2):
+            for reader in plain, client, stream:
+                received = reader.receive()["data"]
+                assert received == data and type(received) is type(data)
+        _, _, body = call(server, "GET", "/api/history", token=GOOD)
+        assert [message["data"] for message in json.loads(body)["messages"]] == [data, data]
+
+
+def test_the_user_is_told_to_those_who_ask_for_ids_and_nobody_can_set_it(server):
+    with Returner(server) as client, RawClient(server, ["a"]) as plain:
+        for sub, user in (('caf\u00e9"', 'caf\u00e9"'), (5, None), ("", None), (None, None)):
+            with RawClient(server, write=["a"], sub=sub) as writer:
+                writer.send(frame(1, '{"channel": "a", "user": "admin", "data": "\\"user\\""}'))
+                assert client.receive().get("user") == user
+                assert set(plain.receive()) == {"issuer", "channel", "data"}
+        _, _, body = call(server, "GET", "/api/history", token=GOOD)
+        assert [message.get("user") for message in json.loads(body)["messages"]] == [
+            "caf\u00e9\"", None, None, None]
+
+
+def test_a_publisher_that_gives_a_ref_is_told_the_id(server):
+    with Returner(server) as client, RawClient(server, write=["a", "b"]) as writer:
+        writer.send(b"".join(frame(1, json.dumps({"channel": channel, "data": i, "ref": str(i)}))
+                             for i, channel in enumerate("aabba")) + text("a", "none"))
+        answers = [writer.receive()["published"] for _ in range(5)]
+        assert [answer["ref"] for answer in answers] == [*"01234"]
+        assert client.receive_ids(5) == [answer["id"] for answer in answers]
+        assert client.receive()["data"] == "none" and writer.is_quiet()
+        for sent, code in (({"channel": "c"}, "forbidden"), ({"channel": 5}, "bad_message")):
+            answer = writer.ask(**sent, ref="\u00e9" * 64)
+            assert (answer["error"], answer["ref"]) == (code, "\u00e9" * 64)
+
+
+def history_of(server, query="", read=("*",)):
+    status, headers, body = call(server, "GET", "/api/history" + query, token=make_token(read))
+    assert (status, headers["content-type"]) == (200, "application/json")
+    value = json.loads(body)
+    return [message["data"] for message in value["messages"]], value["id"], value["complete"]
+
+
+def test_the_history_is_told_over_http():
+    with running(max_queue_size=1500) as server:
+        before = server.log.position
+        assert history_of(server) == ([], philote.encode_id(before), True)
+        ids = publish_to(server, "ababab")
+        assert history_of(server) == ([*range(6)], ids[-1], True)
+        assert history_of(server, f"?since={ids[2]}") == ([3, 4, 5], ids[-1], True)
+        assert history_of(server, f"?since={ids[2]}&channel=a") == ([4], ids[-1], True)
+        assert history_of(server, "?last=1") == ([4, 5], ids[-1], True)
+        assert history_of(server, "?since=1-1&last=1") == ([4, 5], ids[-1], False)
+        assert history_of(server, "", ["b"]) == ([1, 3, 5], ids[-1], True)
+        publish(server, [{"channel": "c", "data": "x" * 500}] * 90, make_token(write=["c"]))
+        seen, position = [], ids[0]
+        while page := history_of(server, f"?channel=c&since={position}"):
+            if not page[0]:
+                break
+            assert page[2] and len(page[0]) < 60
+            seen, position = seen + page[0], page[1]
+        assert len(seen) == 90
+
+
+def test_a_quiet_client_is_told_its_position():
+    with running(ping_interval=0.4) as server, Returner(server, ["a"]) as client, \
+            Follower(server, ["a"], "?since=now") as stream, RawClient(server, ["a"]) as plain:
+        stream.read_event()
+        wanted, = publish_to(server, "z")
+        quiet = threading.Event()
+
+        def answer_pings():
+            while not quiet.is_set():
+                opcode, payload = client.read_frame()
+                if opcode == 9:
+                    client.send(frame(10))
+                elif json.loads(payload) == {"id": wanted}:
+                    quiet.set()
+        answer_pings()
+        assert stream.read_event() == [b"id: %b\n" % wanted.encode()]
+        assert plain.read_frame()[0] == 9
+
+
+def test_a_client_that_is_sent_messages_is_not_told_its_position():
+    with running(ping_interval=0.5) as server, Returner(server) as client:
+        end = time.monotonic() + 1.5
+        while time.monotonic() < end:
+            publish_to(server, "a")
+            opcode, payload = client.read_frame()
+            assert opcode == 9 or "data" in json.loads(payload)
+            client.send(frame(10))
+
+
+def test_a_replay_far_larger_than_the_queue_drops_nobody_and_holds_up_nobody():
+    with running(max_queue_size=10_000) as server, Returner(server) as live:
+        for i in range(30):
+            publish_to(server, "a" * 100, 100 * i)
+            live.receive_ids(100)
+        for data in range(3000, 3010):
+            publish(server, {"channel": "a", "data": [data] * 10_000})
+            live.receive()
+        with Returner(server, query="?since=10m", receive_buffer=4096) as slow:
+            publish_to(server, "a", 3010)
+            assert live.receive()["data"] == 3010
+            data = slow.receive_data(3011)
+        assert data[:3000] == [*range(3000)] and data[-1] == 3010
+
+
+def test_who_is_overtaken_by_the_end_of_the_history_is_told_of_a_gap():
+    with running(history_size=4_000_000, max_queue_size=100_000) as server:
+        big = [{"channel": "a", "data": "x" * 40_000}] * 10
+        for _ in range(10):
+            publish(server, big)
+        with Returner(server, query="?since=10m", receive_buffer=4096) as slow:
+            first = slow.receive()["id"]
+            ids = [answer["id"] for _ in range(11) for answer in publish(server, big)]
+            message = slow.receive()
+            while "gap" not in message:
+                assert number(first) < number(message["id"])
+                first, message = message["id"], slow.receive()
+            gap = number(message["gap"]["id"])
+            ids += publish_to(server, "a")
+            behind = [id for id in ids if number(id) > gap]
+            assert slow.receive_ids(len(behind)) == behind and gap > number(first)
+        assert totals(server)["gaps"] == 1
+
+
+def test_a_server_that_stops_ends_a_replay():
+    with running() as server:
+        for _ in range(20):
+            publish(server, [{"channel": "a", "data": "x" * 40_000}] * 10)
+        with Returner(server, query="?since=10m", receive_buffer=4096) as slow:
+            wait_until(lambda: server.admission.totals()["queued"])
+            with meanwhile(server.stop):
+                assert slow.read_close() == 1001
+
+
+@pytest.mark.parametrize("size", [20, 10_000])
+def test_the_history_takes_what_its_size_says(size):
+    log = philote.Log(philote.Settings(history_size=4 << 20))
+    payload = b'{"issuer":"0f8fad5b-d9cb-469f-a165-70867728950e","channel":"a","data":"%b"}'
+    gc.collect()
+    tracemalloc.start()
+    try:
+        for i in range(3 * (4 << 20) // (size + 200)):
+            log.append("a", [payload % (b"%08d" % i).ljust(size)], "x", b"", {})
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert log.history.size <= 4 << 20 and 0.75 < taken / (4 << 20) < 1.25
+
+
+def test_the_history_is_that_of_a_plain_list(restless):
+    """Compare pieces and the last of each channel with a list that is cut from its beginning."""
+    log, kept, rng = philote.Log(philote.Settings(history_size=150_000)), [], random.Random(7)
+    for _ in range(1500):
+        name, count = rng.choice("abcd"), rng.randrange(1, 9)
+        payloads = [b'{"%d"' % rng.randrange(10**9) for _ in range(count)]
+        first, _ = log.append(name, payloads, "x", b"", {})
+        kept += [(first + i, name, payload) for i, payload in enumerate(payloads)]
+        kept = [entry for entry in kept if entry[0] > log.history.floor]
+        assert len(kept) == len(log.history)
+        names = philote.Names(rng.sample(["a", "b", "c*", "d"], 2))
+        wanted = [(id, payload) for id, name, payload in kept if names.cover(name)]
+        since = rng.choice(kept)[0]
+        found, position, complete = log.read(names, philote.Past(since), 1 << 30)
+        assert found == [entry for entry in wanted if entry[0] > since] and complete
+        assert position == log.position
+        last = [[(i, p) for i, n, p in kept if n == name][-3:]
+                for name in "abcd" if names.cover(name)]
+        found, _, _ = log.read(names, philote.Past(None, False, 3, True), 1 << 30)
+        assert found == sorted(sum(last, []))
+
+
+@pytest.mark.parametrize("way", ["websocket", "events", "pattern", "subscribe"])
+def test_whoever_is_cut_anywhere_and_comes_back_misses_nothing_and_sees_nothing_twice(
+        way, restless, full):
+    """Publishers go on while subscribers are cut at random, between any two bytes."""
+    each, publishers = (3000 if full else 300), 3
+    names = ["n*"] if way == "pattern" else ["n0", "n1", "n2"]
+    with running() as server, Returner(server, ["n*"]) as first:
+        def publish_numbers(k):
+            with RawClient(server, write=[f"n{k}"], sub=f"u{k}") as writer:
+                for i in range(each):
+                    writer.publish(f"n{k}", i)
+                    if i % 10 == 9:
+                        assert writer.is_quiet()
+
+        def come_and_go(seed):
+            rng, position, seen = random.Random(seed), first.beginning["id"], []
+            while len(seen) < each * publishers:
+                for id, channel, data in read_until_cut(server, way, names, position, rng):
+                    assert number(id) > number(position)
+                    position = id
+                    if channel:
+                        seen.append((channel, data))
+            for k in range(publishers):
+                assert [data for name, data in seen if name == f"n{k}"] == [*range(each)]
+            return seen
+
+        with meanwhile(*[partial(publish_numbers, k) for k in range(publishers)],
+                       *[partial(come_and_go, seed) for seed in range(4)]) as results:
+            pass
+        assert len({str(result.result()) for result in results[publishers:]}) == 1
+
+
+def read_until_cut(server, way, names, position, rng):
+    """Come back with a position and read until the connection is cut: (id, channel, data)."""
+    query = "?since=" + position
+    token = make_token(names)
+    if way == "events":
+        request = http_request("GET", "/api/events" + query, token=token)
+    elif way == "subscribe":
+        ask = frame(1, json.dumps({"subscribe": names, "since": position}))
+        request = upgrade_request(f"/?channel=n0&auth={token}") + frame(
+            1, json.dumps({"unsubscribe": ["n0"]})) + ask
+    else:
+        request = upgrade_request("/" + query, {"Authorization": "Bearer " + token})
+    limit = rng.choice([rng.randrange(1, 400), rng.randrange(1, 5000), rng.randrange(1, 100_000)])
+    data = b""
+    with dial(server) as sock:
+        sock.sendall(request)
+        sock.settimeout(0.05)
+        with contextlib.suppress(TimeoutError):
+            while len(data) < limit and (more := sock.recv(min(65536, limit - len(data)))):
+                data += more
+    body = data.partition(b"\r\n\r\n")[2]
+    if way == "events":
+        events = [event for event in body.split(b"\n\n")[:-1]]
+        assert not any(event.startswith(b"event: gap") for event in events)
+        return [(event[4:].split(b"\n")[0].decode(), *fields(event.partition(b"data: ")[2]))
+                for event in events[1:]]
+    found = []
+    while len(body) > 3:
+        size, head = (body[1], 2) if body[1] < 126 else (int.from_bytes(body[2:4], "big"), 4)
+        if len(body) < head + size:
+            break
+        value, body = json.loads(body[head:head + size]), body[head + size:]
+        assert value.get("connected", value.get("subscribed", {"resumed": True}))["resumed"]
+        if "channel" in value and "id" in value:  # without an id: before it was subscribed
+            found.append((value["id"], value["channel"], value["data"]))
+    return found
+
+
+def fields(text):
+    value = json.loads(text)
+    return value["channel"], value["data"]
+
+
+def test_who_joins_while_others_publish_gets_all_behind_its_position_and_no_other(server, restless):
+    stop = threading.Event()
+
+    def publish_all_the_time():
+        with RawClient(server, write=["a"]) as writer:
+            for i in itertools.count():
+                writer.publish("a", i)
+                assert writer.is_quiet()
+                if stop.is_set():
+                    return
+
+    with meanwhile(publish_all_the_time):
+        try:
+            for _ in range(150):
+                with Returner(server, ["a"]) as client:
+                    messages = [client.receive() for _ in range(5)]
+                    with Returner(server, ["a"], "?since=" + client.beginning["id"]) as again:
+                        assert [again.receive() for _ in range(5)] == messages
+        finally:
+            stop.set()
 
 
 # ------------------------------------------------------------------------------------------ fuzzing
@@ -3663,7 +4185,7 @@ def test_importing_reads_no_environment():
 def test_what_the_module_offers_is_there():
     assert {"Client", "Message", "PhiloteError", "new_token"} < set(philote.__all__)
     assert all(hasattr(philote, name) for name in philote.__all__)
-    assert philote.Message._fields == ("issuer", "channel", "data")
+    assert philote.Message._fields == ("issuer", "channel", "data", "id", "user")
     for error in philote.Unauthorized, philote.Forbidden, philote.ConnectionClosed:
         assert issubclass(error, philote.PhiloteError)
 
