@@ -74,6 +74,7 @@ import fcntl
 import functools
 import heapq
 import http
+import http.client
 import ipaddress
 import itertools
 import json
@@ -84,6 +85,7 @@ import math
 import os
 import platform
 import queue
+import random
 import re
 import resource
 import select
@@ -1410,30 +1412,34 @@ class History:
 
     def append(self, first: int, name: str, payloads: Sequence[bytes]) -> None:
         """Keep messages with consecutive ids."""
-        ids = list(range(first, first + len(payloads)))
-        self.ids += ids
-        self.names += [name] * len(ids)
-        self.payloads += payloads
         if (kept := self.by_name.get(name)) is None:
             kept = self.by_name[name] = collections.deque()
-        kept.extend(ids)
-        self.size += sum(map(len, payloads)) + _KEPT_OVERHEAD * len(ids)
-        self.trim(first)
+        position = first
+        for payload in payloads:
+            self.ids.append(position)
+            self.names.append(name)
+            self.payloads.append(payload)
+            kept.append(position)
+            self.size += len(payload) + _KEPT_OVERHEAD
+            position += 1
+        if self.size > self.limit or self.ids[self.start] < first - self.time:
+            self.trim(first)
 
     def trim(self, now: int) -> None:
         """Forget what is too old or too much."""
-        ids, at = self.ids, self.start
-        while at < len(ids) and (self.size > self.limit or ids[at] < now - self.time):
-            name, payload = self.names[at], self.payloads[at]
-            self.names[at], self.payloads[at] = "", b""
-            self.size -= len(payload) + _KEPT_OVERHEAD
-            self.floor = self.by_name[name].popleft()
-            if not self.by_name[name]:
-                del self.by_name[name]
+        ids, names, payloads, at, oldest = (
+            self.ids, self.names, self.payloads, self.start, now - self.time)
+        while at < len(ids) and (self.size > self.limit or ids[at] < oldest):
+            self.size -= len(payloads[at]) + _KEPT_OVERHEAD
+            kept = self.by_name[names[at]]
+            self.floor = kept.popleft()
+            if not kept:
+                del self.by_name[names[at]]
+            payloads[at] = b""
             at += 1
         self.start = at
         if at > 1000 and at > len(ids) >> 1:
-            del self.ids[:at], self.names[:at], self.payloads[:at]
+            del ids[:at], names[:at], payloads[:at]
             self.start = 0
 
     def behind(self, position: int, names: Names) -> tuple[list[Entry], int]:
@@ -3238,10 +3244,20 @@ def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
 
 
 # ------------------------------------------------------------------------------------------- client
-# For Python programs, and for the commands below. simple-websocket runs the protocol, in a thread
-# of its own. A server is not trusted: what it sends is bounded in time and size.
+# For Python programs, and for the commands below. wsproto runs the protocol, in a thread that
+# reads, and comes back when the connection is lost. A server is not trusted: what it sends is
+# bounded in time and size.
 
 _ANSWER_TIME = 10  # seconds without progress, after which a server will not answer
+_FIRST_PAUSE, _LAST_PAUSE = 0.5, 20  # seconds; a client comes back after a random part of them
+_MOST_ASKED = 1000  # messages that may wait for the server's answer, and
+_MOST_SIZE = 1 << 24  # characters of these
+_MOST_RECEIVED = 1 << 26  # characters that may wait to be received
+_LONGEST_QUERY = 4000  # characters; more channels than fit there are joined later
+_CHECK, _CAUGHT_UP = "check", "caught up"  # refs of what a client asks on its own account
+# Close codes that another attempt would meet again.
+_FINAL = {CloseReason.PROTOCOL_ERROR, CloseReason.INVALID_FRAME_PAYLOAD_DATA,
+          CloseReason.MESSAGE_TOO_BIG}
 
 
 class PhiloteError(Exception):
@@ -3257,7 +3273,14 @@ class Unauthorized(PhiloteError):
 
 
 class Forbidden(PhiloteError):
-    """The server dropped a published message: the token does not allow it, or it was malformed."""
+    """The server dropped what we sent: the token does not allow it, or it was malformed."""
+
+
+class Gap(PhiloteError):
+    """Messages may be missing here; those that follow are complete."""
+
+    def __init__(self) -> None:
+        super().__init__("messages may be missing here")
 
 
 class ConnectionClosed(PhiloteError):
@@ -3271,6 +3294,21 @@ class ConnectionClosed(PhiloteError):
         self.code = code
 
 
+class _Request:
+    """What the server answers with the ref that it was given. Guarded by the client's lock."""
+
+    def __init__(self, value: dict[str, Any], awaited: bool) -> None:
+        self.value = value
+        self.awaited = awaited  # whether somebody waits for the answer
+        self.size = len(str(value.get("data", "")))
+        self.link: _Link | None = None  # the connection that it was sent on last
+        self.answer: dict[str, Any] | PhiloteError | None = None
+        self.brought: set[str] = set()  # ids of messages, where it may have to be sent again
+
+    def encode(self, ref: str) -> str:
+        return json.dumps({**self.value, "ref": ref})
+
+
 class Client:
     """A connection to a Philote server. Threads may share it: one publishes while another receives.
 
@@ -3278,6 +3316,15 @@ class Client:
                     new_token(secret, read=["news"], write=["news"])) as client:
             client.publish("news", "hello")
             print(client.receive(timeout=1))
+
+    `token` is a string, or a function that is called for each connection. `channels` to follow
+    are by default all that the token may read. `since` (an id, "now", or a duration such as "10m")
+    and `last` (a number of messages of each channel) ask for messages of the past.
+
+    A connection that is lost comes back by itself, and goes on where it was: nothing is missed,
+    unless Gap is raised, once, and goes on behind it. What was published, and not acknowledged, is
+    published again, unless the token lets us see that it was; then it may come twice. With
+    `reconnect=False` the end of the connection is the end of the client.
 
     Raises OSError where the server cannot be reached or does not answer in time, Unauthorized where
     it does not let us in, PhiloteError where there is another kind of server, or the URL or token
@@ -3290,50 +3337,87 @@ class Client:
 
     max_message_size = 1 << 26  # characters; a server that sends a larger message is left
 
-    def __init__(self, url: str = "ws://localhost:6380", token: str = "") -> None:
-        self._changed = threading.Condition()  # guards the next four
-        self._messages: collections.deque[Message] = collections.deque()
+    def __init__(self, url: str = "ws://localhost:6380", token: str | Callable[[], str] = "",
+                 channels: Iterable[str] | None = None, since: str | None = None,
+                 last: int | None = None, reconnect: bool = True) -> None:
+        self._url, self._token, self._reconnect = split_url(url), token, reconnect
+        self._past = {"since": since or ("now" if reconnect and last is None else None),
+                      "last": last}
+        self._changed = threading.Condition()  # guards all below
+        self._channels = None if channels is None else {*channels}  # None: all that may be read
+        self._received: collections.deque[tuple[Message | Gap, int]] = collections.deque()
+        self._received_size = 0
         self._refusals: collections.deque[PhiloteError] = collections.deque()
-        self._end: ConnectionClosed | None = None
+        self._requests: dict[str, _Request] = {}  # that are not answered, the oldest first
+        self._refs = map(str, itertools.count(1))
+        self._position = ""
+        self._issuers: collections.deque[str] = collections.deque(maxlen=100)  # that we were
+        self._acknowledged = (0, 0)  # the highest id that a message of ours got
+        self._caught_up = True  # whether a request is sent at once, or behind those before it
+        self._closing = False
+        self._end: PhiloteError | OSError | None = None
         self._outcome_known = True  # whether somebody knows what became of all that was published
-        # Keeps one message's encoding apart from another's, and the close frame behind them.
-        self._publishing = threading.Lock()
-        self._library: Any = None
-        if not re.fullmatch("[!-~]*", token):
-            raise PhiloteError("the token holds characters that no token has")
-        self._library = _ClientWebSocket(
-            split_url(url), token, max_message_size=self.max_message_size,
-            thread_class=functools.partial(_ReaderThread, self),
-            event_class=functools.partial(_MessageEvent, self))
-        self._library.thread.opened.set()
+        self._link = self._connect()
+        self._thread = threading.Thread(target=self._run, name="philote-client", daemon=True)
+        self._thread.start()
 
-    def publish(self, channel: str, data: str) -> None:
-        """Send a message. Raises ConnectionClosed, and Forbidden for a message before this one."""
+    @property
+    def position(self) -> str:
+        """The id up to which all has come, of all channels; "" where none was asked for."""
+        with self._changed:
+            return self._position
+
+    def publish(self, channel: str, data: Any, wait: bool = False) -> str | None:
+        """Send a message, whose data is any JSON value; with `wait` returns its id.
+
+        Raises ConnectionClosed, and Forbidden: with `wait` for this message, else for one before.
+        """
         self._raise_refusal()
+        value = {"channel": channel, "data": data}
+        if self._reconnect or wait:
+            request = self._ask(value, wait)
+            return str(self._await(request)["published"]["id"]) if wait else None
+        with self._changed:
+            if not self._closing:
+                self._outcome_known = False
         try:
-            with self._publishing:
-                if self._library.sock.closing:
-                    raise ConnectionError
-                with self._changed:
-                    self._outcome_known = False
-                self._library.send(json.dumps({"channel": channel, "data": data}))
-        except (OSError, simple_websocket.ConnectionClosed, ProtocolError):
-            # The last of these comes between the server's close frame and the library's notice.
-            self._library.thread.join(CLOSING_TIME)  # it knows why
+            self._link.send_text(json.dumps(value))
+        except (OSError, ProtocolError):  # the latter where the server has said that it closes
+            self._thread.join(CLOSING_TIME)  # it knows why
             self._raise_refusal()
             self._raise_end()
             raise ConnectionClosed(1006) from None
+        return None
+
+    def subscribe(self, *channels: str, since: str | None = None, last: int | None = None) -> None:
+        """Join channels or patterns; what is asked for of the past is received when it returns.
+
+        Raises Forbidden, and then joins none of them.
+        """
+        past = {name: value for name, value in (("since", since), ("last", last))
+                if value is not None}
+        self._await(self._ask({"subscribe": [*channels], **past}, True))
+        self._change_channels(lambda joined: joined.union(channels))
+
+    def unsubscribe(self, *channels: str) -> None:
+        """Leave channels or patterns; nothing of them comes behind it."""
+        self._await(self._ask({"unsubscribe": [*channels]}, True))
+        self._change_channels(lambda joined: joined.difference(channels))
 
     def receive(self, timeout: float | None = None) -> Message | None:
         """Wait `timeout` seconds (None: for ever) for the next message; None if there was none.
 
-        Raises ConnectionClosed once all that came has been received, and Forbidden for a message
-        that we published.
+        Raises Gap where messages may be missing, ConnectionClosed once all that came has been
+        received, and Forbidden for a message that we published.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._refusals or self._messages or self._end, timeout)
-            if self._messages and not self._refusals:
-                return self._messages.popleft()
+            self._changed.wait_for(lambda: self._refusals or self._received or self._end, timeout)
+            if self._received and not self._refusals:
+                item, size = self._received.popleft()
+                self._received_size -= size
+                if isinstance(item, Gap):
+                    raise item
+                return item
         self._raise_refusal()
         self._raise_end()
         return None
@@ -3343,8 +3427,8 @@ class Client:
         while True:
             try:
                 message = self.receive()
-            except ConnectionClosed:
-                if self._library.sock.closing:
+            except (ConnectionClosed, OSError):
+                if self._closing:
                     return
                 raise
             if message:
@@ -3352,11 +3436,13 @@ class Client:
 
     def close(self) -> None:
         """End the connection, once the server has read all that was published."""
+        self._wait_while(lambda: bool(self._unanswered()) and not self._end)
         self._close()
         self._raise_refusal()
-        with self._changed:
-            known = self._outcome_known
-        if not known:
+        if count := self._unanswered():
+            raise ConnectionClosed(1006, f"{count} messages were not acknowledged" if count > 1 else
+                                   "1 message was not acknowledged")
+        if not self._outcome_known:
             self._raise_end()
 
     def __enter__(self) -> Client:
@@ -3368,25 +3454,64 @@ class Client:
         else:
             self._close()
 
+    def _unanswered(self) -> int:
+        with self._changed:
+            return sum("channel" in request.value for request in self._requests.values())
+
     def _close(self) -> None:
-        # A closing handshake. The server may take its time to read what was published before: we
-        # wait for as long as it makes progress with that.
-        sock, thread = self._library.sock, self._library.thread
+        # A closing handshake. The server may take its time to read what was published before.
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        threading.Thread(target=self._link.send_close, daemon=True).start()
+        self._wait_while(self._thread.is_alive)
+        self._link.abort()
+        self._thread.join(_ANSWER_TIME)
 
-        def send_close() -> None:
-            with self._publishing:
-                sock.send_close()
-
-        threading.Thread(target=send_close, daemon=True).start()
-        taken, end = None, 0.0
-        while thread.is_alive():
-            if taken != (taken := sock.taken()):
+    def _wait_while(self, condition: Callable[[], bool]) -> None:
+        # For as long as the server makes progress.
+        progress, end = None, 0.0
+        while condition():
+            before, progress = progress, (self._link, self._link.taken(), len(self._requests))
+            if progress != before:
                 end = time.monotonic() + _ANSWER_TIME
             elif time.monotonic() > end:
                 break
-            thread.join(0.25)
-        sock.abort()
-        thread.join()
+            self._thread.join(0.02)
+
+    def _ask(self, value: dict[str, Any], awaited: bool) -> _Request:
+        request = _Request(value, awaited)
+        text = request.encode("")  # raises what cannot be encoded
+        with self._changed:
+            self._changed.wait_for(lambda: self._end or self._closing or not self._requests or (
+                len(self._requests) < _MOST_ASKED
+                and sum(r.size for r in self._requests.values()) + request.size < _MOST_SIZE))
+            if self._closing:
+                raise self._end or ConnectionClosed(1006)
+            self._raise_end()
+            ref = next(self._refs)
+            self._requests[ref] = request
+            if not self._caught_up:
+                return request
+            link = request.link = self._link
+            text = request.encode(ref)
+        with contextlib.suppress(OSError, ProtocolError):  # it is sent again, or ends with the rest
+            link.send_text(text)
+        return request
+
+    def _await(self, request: _Request) -> dict[str, Any]:
+        with self._changed:
+            self._changed.wait_for(lambda: request.answer or self._end)
+            if isinstance(request.answer, PhiloteError):
+                raise request.answer
+            if request.answer is None:
+                self._raise_end()
+            return request.answer or {}
+
+    def _change_channels(self, change: Callable[[set[str]], set[str]]) -> None:
+        with self._changed:
+            joined = self._link.channels if self._channels is None else self._channels
+            self._channels = change({*joined})
 
     def _raise_refusal(self) -> None:
         with self._changed:
@@ -3399,52 +3524,197 @@ class Client:
                 self._outcome_known = True
                 raise self._end
 
-    # The reader's thread
+    # The reader's thread, and connecting in that of the caller at first
 
-    def on_messages(self) -> None:
-        """Take what the library has read."""
-        with self._changed:
-            while self._library and self._library.input_buffer:
-                value = json.loads(self._library.input_buffer.pop(0))
-                if "error" in value:
-                    self._refusals.append(Forbidden(str(value.get("reason", value["error"]))))
-                else:
-                    self._messages.append(
-                        Message(*(value.get(name, "") for name in Message._fields)))
-            self._changed.notify_all()
+    def on_connect(self) -> None:
+        """Called when the connection is there again; does nothing, to be overridden."""
 
-    def read(self, loop: Callable[[], None]) -> None:
-        """Run the library's read loop, to the connection's end."""
-        code, sock = 1006, self._library.sock
+    def on_disconnect(self, error: Exception, pause: float) -> None:
+        """Called when it is lost, or cannot be had, and is tried again after so many seconds."""
+
+    def _connect(self) -> _Link:
+        past = {name: value for name, value in (
+            {"since": self._position} if self._position else self._past).items()
+            if value is not None}
+        parameters = [(name, str(value)) for name, value in past.items()]
+        later: list[str] = []
+        for name in sorted(self._channels or ()):
+            parameters.append(("channel", name))
+            if len(urllib.parse.urlencode(parameters)) > _LONGEST_QUERY:
+                later.append(parameters.pop()[1])
         try:
-            loop()
-            code = 1006 if sock.ended else int(self._library.close_reason)
-            if self._library.incoming_message_len > self.max_message_size:
-                code = CloseReason.MESSAGE_TOO_BIG
-        except (ValueError, TypeError, AttributeError, RecursionError, MemoryError) as error:
-            log.debug("closed after what no Philote server sends: %s", type(error).__name__)
-        finally:
-            sock.abort()
+            link = self._open(parameters)
+        except Unauthorized as error:
+            if error.status != 401 or not callable(self._token):
+                raise
+            link = self._open(parameters)  # with another token
+        if past:
+            try:
+                link.patience = _ANSWER_TIME
+                self._begin(link, json.loads(next(link.texts)), past, later)
+            except StopIteration:
+                link.abort()
+                raise ConnectionClosed(link.code, link.reason) from None
+            except (ValueError, TypeError, LookupError):
+                link.abort()
+                raise PhiloteError("the server does not know of positions; reconnect=False does "
+                                   "without them") from None
+            except BaseException:
+                link.abort()
+                raise
+        return link
+
+    def _open(self, parameters: Sequence[tuple[str, str]]) -> _Link:
+        token = self._token() if callable(self._token) else self._token
+        return _Link(self._url, token, parameters, self.max_message_size)
+
+    def _begin(self, link: _Link, value: Any, past: dict[str, Any], later: list[str]) -> None:
+        # Behind the replay, which the server sends before it reads anything, come the answers to
+        # what is asked here: then it is known which messages of ours it had read before.
+        begin = value["connected"]
+        names = Names(begin["channels"])
+        with self._changed:
+            since, coming_back = self._position, bool(self._position)
+            link.channels = names
+            link.patience = 2 * float(begin["ping"]) or math.inf  # it tells that it lives
+            self._issuers.append(begin["issuer"])
+            if not begin["resumed"]:
+                self._put(Gap(), 0)
+            if not coming_back or not begin["resumed"]:
+                self._position = begin["id"]
+            if later:
+                self._requests[next(self._refs)] = _Request(
+                    {"subscribe": later, **past}, False)
+            unseen = sorted({request.value["channel"] for request in self._requests.values()
+                             if "channel" in request.value
+                             and not names.cover(request.value["channel"])})
+            leave = [*unseen, *(names if self._channels is not None and not self._channels else ())]
+            self._caught_up = not (self._requests or leave)
+        if unseen and since:
+            link.send_text(json.dumps({"subscribe": unseen, "since": since, "ref": _CHECK}))
+        if not self._caught_up:
+            link.send_text(json.dumps({"unsubscribe": leave, "ref": _CAUGHT_UP}))
+
+    def _run(self) -> None:
+        link: _Link | None = self._link
+        while link:
+            try:
+                for text in link.texts:
+                    self._take(link, json.loads(text), len(text))
+            except OSError:
+                pass
+            except (ValueError, TypeError, AttributeError, LookupError, RecursionError,
+                    MemoryError) as error:
+                log.debug("closed after what no Philote server sends: %s", type(error).__name__)
+                link.code = 1006
+            link.abort()
+            link = self._come_back(ConnectionClosed(link.code, link.reason))
+
+    def _come_back(self, error: PhiloteError | OSError) -> _Link | None:
+        pause = _FIRST_PAUSE
+        code = getattr(error, "code", 0)
+        going_on = self._reconnect and code not in _FINAL and (
+            code != EXPIRED or callable(self._token))
+        while going_on and not self._closing:
+            wait = random.uniform(0, pause)
+            self.on_disconnect(error, wait)
             with self._changed:
-                self._outcome_known |= sock.closing and code == CloseReason.NORMAL_CLOSURE
-                self._end = ConnectionClosed(code, self._library.close_message or "")
-                self._changed.notify_all()
+                if self._changed.wait_for(lambda: self._closing, wait):
+                    break
+            try:
+                link = self._connect()
+            except (PhiloteError, OSError) as again:
+                going_on = isinstance(again, (OSError, ConnectionClosed)) or (
+                    isinstance(again, Unauthorized) and again.status >= 500)
+                error, pause = again, min(2 * pause, _LAST_PAUSE)
+                continue
+            with self._changed:
+                self._link = link
+                if self._closing:
+                    link.abort()
+            self.on_connect()
+            return link
+        with self._changed:
+            self._outcome_known |= self._closing and code == CloseReason.NORMAL_CLOSURE
+            self._end = error
+            self._changed.notify_all()
+        return None
+
+    def _take(self, link: _Link, value: dict[str, Any], size: int) -> None:
+        with self._changed:
+            ref = value.get("ref")
+            if "channel" in value:
+                self._take_message(value, size)
+            elif "error" in value:
+                error = Forbidden(str(value.get("reason", value["error"])))
+                request = self._requests.pop(str(ref), None)
+                if request:
+                    request.answer = error
+                if ref != _CHECK and not (request and request.awaited):
+                    self._refusals.append(error)
+            elif "published" in value:
+                self._acknowledge(value["published"]["ref"], value)
+            elif "gap" in value:
+                self._position = value["gap"]["id"]
+                self._put(Gap(), 0)
+            elif "id" in value:
+                self._position = value["id"]
+            elif request := self._requests.pop(str(ref), None):
+                request.answer = value
+            self._changed.notify_all()
+        if ref == _CAUGHT_UP:
+            self._send_again(link)
+
+    def _take_message(self, value: dict[str, Any], size: int) -> None:
+        message = Message(*(value.get(name, "") for name in Message._fields))
+        if message.id:
+            if _as_numbers(message.id) > _as_numbers(self._position):
+                self._position = message.id
+            if message.issuer in self._issuers:  # of ours: that it is here is an acknowledgement
+                if _as_numbers(message.id) > self._acknowledged:
+                    self._acknowledge(next((
+                        ref for ref, request in self._requests.items()
+                        if request.value.get("channel") == message.channel), ""),
+                        {"published": {"id": message.id}})
+                return
+            for request in self._requests.values():
+                if "subscribe" in request.value:
+                    if message.id in request.brought:
+                        return
+                    request.brought.add(message.id)
+        self._put(message, size)
+
+    def _acknowledge(self, ref: str, answer: dict[str, Any]) -> None:
+        self._acknowledged = max(self._acknowledged, _as_numbers(answer["published"]["id"]))
+        if request := self._requests.pop(ref, None):
+            request.answer = answer
+
+    def _put(self, item: Message | Gap, size: int) -> None:
+        if self._received_size + size > _MOST_RECEIVED:
+            self._received.clear()
+            self._received_size = 0
+            self._received.append((Gap(), 0))
+        size += 200  # what Python takes for it, about
+        self._received.append((item, size))
+        self._received_size += size
+
+    def _send_again(self, link: _Link) -> None:
+        while True:
+            with self._changed:
+                unsent = [(ref, request) for ref, request in self._requests.items()
+                          if request.link is not link]
+                for _, request in unsent:
+                    request.link = link
+                self._caught_up = not unsent
+            if not unsent:
+                return
+            for ref, request in unsent:
+                link.send_text(request.encode(ref))
 
 
-class _ReaderThread(threading.Thread):
-    def __init__(self, client: Client, target: Callable[[], None]) -> None:
-        super().__init__(daemon=True)
-        self.client, self.loop = client, target
-        self.opened = threading.Event()  # set once the client has its socket
-
-    def run(self) -> None:
-        self.opened.wait()
-        self.client.read(self.loop)
-
-
-class _MessageEvent:
-    def __init__(self, client: Client) -> None:
-        self.set = client.on_messages
+def _as_numbers(id: str) -> tuple[int, int]:
+    milliseconds, _, counter = id.partition("-")
+    return int(milliseconds or 0), int(counter or 0)
 
 
 def split_url(url: str) -> urllib.parse.SplitResult:
@@ -3461,35 +3731,88 @@ def split_url(url: str) -> urllib.parse.SplitResult:
     return parts
 
 
-class _ClientWebSocket(simple_websocket.Client):  # type: ignore[misc]
-    # The library's own way to connect tries one address only, and tells nothing of a refusal.
+class _Link:
+    """One connection to a server. Read by one thread; any may send."""
 
-    def __init__(self, url: urllib.parse.SplitResult, token: str, **options: Any) -> None:
-        self.url, self.token = url, token
+    channels: Iterable[str] = ()  # that the server joined at the beginning
+    patience = math.inf  # seconds that the server may be silent
+
+    def __init__(self, url: urllib.parse.SplitResult, token: str,
+                 parameters: Sequence[tuple[str, str]], max_message_size: int) -> None:
+        if not re.fullmatch("[!-~]*", token):
+            raise PhiloteError("the token holds characters that no token has")
+        self.max_message_size = max_message_size
+        self.code, self.reason = 1006, ""  # how it ended
+        self.protocol = wsproto.WSConnection(ConnectionType.CLIENT)
+        self.sending = threading.Lock()  # keeps a frame whole; guards what sends in `protocol`
         self.sock = _ClientSocket(_connect_to(url))
+        self.texts = self._read_texts()  # messages to the end of the connection; raises OSError
         try:
-            super(simple_websocket.Client, self).__init__(
-                self.sock, connection_type=ConnectionType.CLIENT, **options)
+            self._shake_hands(url, token, parameters)
         except BaseException:
             self.sock.abort()
             raise
-        self.sock.deadline = math.inf
 
-    def handshake(self) -> None:
-        target = (self.url.path or "/") + ("?" + self.url.query if self.url.query else "")
-        headers = [(b"Authorization", b"Bearer " + self.token.encode())] if self.token else []
-        self.sock.send(self.ws.send(wsproto.events.Request(
-            host=self.url.netloc.rpartition("@")[2], target=target, extra_headers=headers)))
+    def _shake_hands(self, url: urllib.parse.SplitResult, token: str,
+                     parameters: Sequence[tuple[str, str]]) -> None:
+        query = "&".join(filter(None, [url.query, urllib.parse.urlencode(parameters)]))
+        headers = [(b"Authorization", b"Bearer " + token.encode())] if token else []
+        self.sock.send(self.protocol.send(wsproto.events.Request(
+            host=url.netloc.rpartition("@")[2], extra_headers=headers,
+            target=(url.path or "/") + ("?" + query if query else ""))))
         try:
-            self.ws.receive_data(self.sock.read_head())
-            event = next(self.ws.events(), None)
+            self.protocol.receive_data(self.sock.read_head())
+            event = next(self.protocol.events(), None)
         except (ProtocolError, ValueError) as error:
             raise PhiloteError(f"this is no WebSocket server: {error}") from None
         if isinstance(event, wsproto.events.RejectConnection):
             raise Unauthorized(event.status_code, self.sock.read_reason())
         if not isinstance(event, wsproto.events.AcceptConnection):
             raise PhiloteError("this is no WebSocket server")
-        self.connected = True
+
+    def _read_texts(self) -> Iterator[str]:
+        parts: list[str] = []
+        size = 0
+        while True:
+            for event in self.protocol.events():
+                if isinstance(event, wsproto.events.TextMessage):
+                    parts.append(event.data)
+                    size += len(event.data)
+                    if size > self.max_message_size:
+                        self.code = CloseReason.MESSAGE_TOO_BIG
+                        return
+                    if event.message_finished:
+                        yield "".join(parts)
+                        parts, size = [], 0
+                elif isinstance(event, wsproto.events.Ping):
+                    self._send(event.response())
+                elif isinstance(event, wsproto.events.CloseConnection):
+                    self.code, self.reason = int(event.code), event.reason or ""
+                    self._send(event.response())
+                    return
+            self.sock.deadline = time.monotonic() + self.patience
+            self.protocol.receive_data(self.sock.recv())
+
+    def send_text(self, text: str) -> None:
+        """Send a message. Raises OSError; ProtocolError where the connection is closing."""
+        with self.sending:
+            self.sock.send(self.protocol.send(wsproto.events.TextMessage(text)))
+
+    def send_close(self) -> None:
+        """Begin the closing handshake."""
+        self._send(wsproto.events.CloseConnection(CloseReason.NORMAL_CLOSURE))
+
+    def _send(self, event: wsproto.events.Event) -> None:
+        with self.sending, contextlib.suppress(OSError, ProtocolError):
+            self.sock.send(self.protocol.send(event))
+
+    def taken(self) -> int:
+        """How many of our bytes the server has taken so far."""
+        return self.sock.taken()
+
+    def abort(self) -> None:
+        """End the connection, and the wait of whoever waits for it."""
+        self.sock.abort()
 
 
 def _connect_to(url: urllib.parse.SplitResult) -> socket.socket:
@@ -3511,7 +3834,7 @@ def _connect_to(url: urllib.parse.SplitResult) -> socket.socket:
 
 
 class _ClientSocket:
-    """A socket, TLS or not, that one thread may read while another writes; send() writes all.
+    """A socket, TLS or not, that one thread may read while another writes.
 
     No thread is ever inside a call of the socket for long, and never two: they wait outside. Two
     threads inside one TLS connection corrupt it or wait for each other.
@@ -3520,33 +3843,16 @@ class _ClientSocket:
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.sock.setblocking(False)
-        # Until when the opening handshake may take; later, reads wait without an end.
-        self.deadline = time.monotonic() + _ANSWER_TIME
+        self.deadline = time.monotonic() + _ANSWER_TIME  # for the next read; the reader's
         self.calling = threading.Lock()  # guards the socket and the next three
         self.sent = 0  # bytes
         self.waiting = 0  # threads
         self.aborted = False
-        self.sending = threading.Lock()  # keeps a frame whole; guards `closing`
-        self.closing = False  # whether our close frame is out; what comes behind it is dropped
-        self.ended = False  # whether the connection ended without a closing handshake
         self.head = b""  # of the answer to the opening handshake
         self.rest = b""  # what was read behind it
 
-    def send(self, data: bytes) -> int:
-        with self.sending:
-            if not self.closing:
-                self._send(data)
-        return len(data)
-
-    def send_close(self) -> None:
-        # Behind the library's back, which would answer no ping from here on, and read no further.
-        with self.sending, contextlib.suppress(OSError):
-            if not self.closing:
-                self.closing = True
-                code = struct.pack("!H", CloseReason.NORMAL_CLOSURE)
-                self._send(bytes((0x80 | Opcode.CLOSE, 0x82, 0, 0, 0, 0)) + code)
-
-    def recv(self, size: int) -> bytes:
+    def recv(self) -> bytes:
+        """Read what there is. Raises OSError, at the end too."""
         data, self.rest = self.rest, b""
         return data or self._receive()
 
@@ -3575,9 +3881,6 @@ class _ClientSocket:
             left = 0 if self.aborted else Transport(self.sock).unacknowledged()
             return self.sent - left
 
-    def close(self) -> None:
-        """Leave the socket open for what comes before the server's close frame."""
-
     def abort(self) -> None:
         """End the connection, and the wait of whoever waits for it.
 
@@ -3590,22 +3893,22 @@ class _ClientSocket:
             if not self.waiting:
                 self.sock.close()
 
-    def _send(self, data: bytes) -> None:
+    def send(self, data: bytes) -> None:
+        """Write all of it, as soon as the server takes it. Raises OSError."""
         view = memoryview(data)
         while view:
-            sent = self._call(self.sock.send, view, select.POLLOUT)
+            sent = self._call(self.sock.send, view, select.POLLOUT, math.inf)
             with self.calling:
                 self.sent += sent
             view = view[sent:]
 
     def _receive(self) -> bytes:
-        data: bytes = self._call(self.sock.recv, _FULL_READ, select.POLLIN)
+        data: bytes = self._call(self.sock.recv, _FULL_READ, select.POLLIN, self.deadline)
         if not data:
-            self.ended = True
             raise ConnectionResetError("the server closed the connection")
         return data
 
-    def _call(self, call: Callable[[Any], Any], argument: Any, event: int) -> Any:
+    def _call(self, call: Callable[[Any], Any], argument: Any, event: int, deadline: float) -> Any:
         while True:
             try:
                 with self.calling:
@@ -3614,12 +3917,9 @@ class _ClientSocket:
                 if not isinstance(error, BlockingIOError):  # TLS may have to read before it writes
                     event = (select.POLLIN if isinstance(error, ssl.SSLWantReadError)
                              else select.POLLOUT)
-            except OSError:
-                self.ended = True
-                raise
-            self._wait(event)
+            self._wait(event, deadline)
 
-    def _wait(self, event: int) -> None:
+    def _wait(self, event: int, deadline: float) -> None:
         poll = select.poll()
         with self.calling:
             if self.aborted:
@@ -3627,7 +3927,7 @@ class _ClientSocket:
             poll.register(self.sock, event)
             self.waiting += 1
         try:
-            left = self.deadline - time.monotonic()
+            left = deadline - time.monotonic()
             if not poll.poll(None if left == math.inf else max(0, 1000 * left)):
                 raise TimeoutError("the server does not answer")
         finally:
@@ -3647,9 +3947,10 @@ _EXAMPLES = {
              "settings, from the environment:\n" + "\n".join(
                  f"  {field.name.upper():18}{field.metadata['allowed']}\n{'':20}"
                  f"{field.metadata['meaning']}" for field in dataclasses.fields(Settings)),
-    "token": "example:\n  SECRET=... philote token --read news,chat --write chat --expires 1h",
-    "subscribe": "example:\n"
-                 "  philote subscribe news --json --token \"$(philote token --read news)\"",
+    "token": "example:\n"
+             "  SECRET=... philote token --read 'news,chat.*' --write chat.de --expires 1h",
+    "subscribe": "example:\n  philote subscribe news 'chat.*' --since 10m --json",
+    "history": "example:\n  philote history news --since 1h --json",
     "publish": "example:\n  tail -f /var/log/syslog | philote publish logs",
 }
 
@@ -3704,21 +4005,28 @@ def _make_parser() -> argparse.ArgumentParser:
     option = add("token", _token, "print a token signed with SECRET, or check one").add_argument
     for right in "read", "write":
         option(f"--{right}", type=_parse_names, default=[], metavar="A,B",
-               help=f"channels that it may {right}")
+               help=f"channels that it may {right}; chat.* is all that begin with chat.")
     option("--expires", type=_parse_duration, metavar="1h",
            help="how long it is valid (default: for ever)")
     option("--api", action="store_true", help="also open /api/info and /metrics")
+    option("--user", default="", metavar="NAME", help="who bears it, as other clients are told")
     option("--check", metavar="TOKEN",
            help="say what a token allows instead; - reads it from standard input")
     subscribe = add("subscribe", _subscribe, "print the messages of channels, a line each")
-    subscribe.add_argument("channels", nargs="+", metavar="CHANNEL")
-    subscribe.add_argument("--json", action="store_true", help="print the whole message as JSON")
     subscribe.add_argument("--count", type=_parse_count, metavar="N", help="end after N messages")
+    history = add("history", _history, "print the messages of channels that the server has kept")
+    for command in subscribe, history:
+        command.add_argument("channels", nargs="+", metavar="CHANNEL")
+        command.add_argument("--json", action="store_true", help="print whole messages as JSON")
+        command.add_argument("--since", metavar="10m", help="begin with what is kept of that time, "
+                             "or behind the message with this id")
+        command.add_argument("--last", type=int, metavar="N", help="begin with the last N messages "
+                             "of each channel, or where --since is longer ago than what is kept")
     publish = add(
         "publish", _publish, "publish a message, or a message for each line of standard input")
     publish.add_argument("channel", metavar="CHANNEL")
     publish.add_argument("data", nargs="?", metavar="DATA")
-    for command in (subscribe, publish):
+    for command in subscribe, history, publish:
         command.add_argument(
             "--url", type=_parse_url, default=os.environ.get("PHILOTE_URL", "ws://localhost:6380"),
             help="server (default: PHILOTE_URL, or ws://localhost:6380)")
@@ -3861,7 +4169,8 @@ def _token(arguments: argparse.Namespace) -> int:
         if not (arguments.read or arguments.write or arguments.api):
             _tell("this token allows nothing; name channels with --read or --write")
         _print(new_token(
-            secret, arguments.read, arguments.write, arguments.expires, arguments.api))
+            secret, arguments.read, arguments.write, arguments.expires, arguments.api,
+            arguments.user))
         return 0
     token = sys.stdin.readline().strip() if arguments.check == "-" else arguments.check
     try:
@@ -3872,65 +4181,114 @@ def _token(arguments: argparse.Namespace) -> int:
     until = "for ever" if key.expires is None else time.strftime(
         "until %Y-%m-%d %H:%M:%S UTC", time.gmtime(key.expires))
     print(f"valid {until}; read: {', '.join(sorted(key.read)) or 'nothing'}; "
-          f"write: {', '.join(sorted(key.write)) or 'nothing'}; api: {'yes' if key.api else 'no'}")
+          f"write: {', '.join(sorted(key.write)) or 'nothing'}; api: {'yes' if key.api else 'no'}"
+          + (f"; user: {_on_one_line(key.user)}" if key.user else ""))
     return 0
 
 
-# philote subscribe, philote publish
+# philote subscribe, philote history, philote publish
 
-def _connect(arguments: argparse.Namespace, read: Sequence[str] = (),
-             write: Sequence[str] = ()) -> Client:
-    secret = "" if arguments.token else _secret()
-    try:
-        return Client(arguments.url, arguments.token or new_token(secret, read, write))
-    except Unauthorized as error:
-        if error.status == 401 and not arguments.token and not secret:
-            raise Unauthorized(401, "SECRET is not set here, so the token was signed with an empty "
-                               "one, which is not the server's; set it, or give --token") from None
-        raise
+class _Connection(Client):
+    """A client that tells on standard error what becomes of its connection."""
+
+    def __init__(self, arguments: argparse.Namespace, channels: Sequence[str],
+                 writes: Sequence[str] = (), **options: Any) -> None:
+        self.arguments = arguments
+        try:
+            super().__init__(arguments.url, _token_for(arguments, channels, writes),
+                             channels=() if writes else channels, **options)
+        except Unauthorized as error:
+            raise _explain(error, arguments) from None
+
+    def on_connect(self) -> None:
+        """Tell that it is there again."""
+        _tell(f"connected to {_without_token(self.arguments.url)}")
+
+    def on_disconnect(self, error: Exception, pause: float) -> None:
+        """Tell why it is not."""
+        _tell(f"{_without_token(self.arguments.url)}: {error}; trying again in {pause:.1f} seconds")
 
 
-def _check_readable(token: str | None, channels: Sequence[str]) -> None:
-    # The server does not tell: it sends what the token may read, and that may be nothing. The
-    # signature is the server's to judge.
-    try:
-        claims = jwt.decode(token or "", options={"verify_signature": False})
-        readable = _channel_names(claims, "read")
-    except (jwt.PyJWTError, ValueError, TypeError, RecursionError):
-        return
-    for channel in channels:
-        if channel not in readable:
-            raise PhiloteError(f"the token may not read the channel {_shown(channel)}")
+def _token_for(arguments: argparse.Namespace, read: Sequence[str],
+               write: Sequence[str] = ()) -> str:
+    return arguments.token or new_token(_secret(), read, write)
+
+
+def _explain(error: Unauthorized, arguments: argparse.Namespace) -> Unauthorized:
+    if error.status == 401 and not arguments.token and not _secret():
+        return Unauthorized(401, "SECRET is not set here, so the token was signed with an empty "
+                            "one, which is not the server's; set it, or give --token")
+    return error
+
+
+def _show(message: Message, as_json: bool) -> None:
+    if as_json:
+        fields = {name: value for name, value in message._asdict().items()
+                  if value or name in ("issuer", "channel", "data")}
+        _print(json.dumps(fields))
+    else:
+        _print(_on_one_line(message.data if isinstance(message.data, str) else
+                            json.dumps(message.data, ensure_ascii=False)))
 
 
 def _subscribe(arguments: argparse.Namespace) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    _check_readable(arguments.token, arguments.channels)
-    left, pause = arguments.count or math.inf, 0.5
-    while True:
+    left, pause, client = arguments.count or math.inf, _FIRST_PAUSE, None
+    while client is None:
         try:
-            with _connect(arguments, read=arguments.channels) as client:
-                pause = 0.5
-                _tell(f"connected to {_without_token(arguments.url)}, following "
-                      f"{', '.join(arguments.channels)}")
-                for message in client:
-                    if message.channel in arguments.channels:
-                        _print(json.dumps(message._asdict()) if arguments.json else
-                               _on_one_line(message.data))
-                        left -= 1
-                        if left <= 0:
-                            return 0
+            client = _Connection(arguments, arguments.channels,
+                                 since=arguments.since, last=arguments.last)
         except (Unauthorized, ConnectionClosed, OSError) as error:
             if isinstance(error, Unauthorized) and error.status < 500:
                 raise
-            _tell(f"{_without_token(arguments.url)}: {error}; trying again in {pause:g} seconds")
-        time.sleep(pause)
-        pause = min(2 * pause, 30)
+            wait = random.uniform(pause / 2, pause)
+            _tell(f"{_without_token(arguments.url)}: {error}; trying again in {wait:.1f} seconds")
+            time.sleep(wait)
+            pause = min(2 * pause, _LAST_PAUSE)
+    with client:
+        _tell(f"connected to {_without_token(arguments.url)}, following "
+              f"{', '.join(arguments.channels)}")
+        while left > 0:
+            try:
+                if message := client.receive():
+                    _show(message, arguments.json)
+                    left -= 1
+            except Gap as gap:
+                _tell(str(gap))
+    return 0
+
+
+def _history(arguments: argparse.Namespace) -> int:
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    url = split_url(arguments.url)
+    kind = http.client.HTTPSConnection if url.scheme == "wss" else http.client.HTTPConnection
+    connection = kind(str(url.hostname), url.port, timeout=_ANSWER_TIME)
+    asked = [*(("channel", name) for name in arguments.channels),
+             *(("since", value) for value in [arguments.since] if value),
+             *(("last", str(value)) for value in [arguments.last] if value is not None)]
+    while True:
+        connection.request("GET", "/api/history?" + urllib.parse.urlencode(asked), headers={
+            "Authorization": "Bearer " + _token_for(arguments, arguments.channels)})
+        response = connection.getresponse()
+        try:
+            value = json.loads(response.read())
+            if response.status != 200:
+                raise _explain(Unauthorized(response.status, str(value["reason"])), arguments)
+            messages, position, complete = value["messages"], value["id"], value["complete"]
+        except (ValueError, LookupError, TypeError):
+            raise PhiloteError("this is no Philote server that keeps messages") from None
+        if not complete:
+            _tell(str(Gap()))
+        for message in messages:
+            _show(Message(*(message.get(name, "") for name in Message._fields)), arguments.json)
+        if not messages:
+            return 0
+        asked = [*asked[:len(arguments.channels)], ("since", position)]
 
 
 def _publish(arguments: argparse.Namespace) -> int:
     sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
-    with _connect(arguments, write=[arguments.channel]) as client:
+    with _Connection(arguments, [arguments.channel], [arguments.channel]) as client:
         if arguments.data is not None:
             client.publish(arguments.channel, arguments.data)
         else:
