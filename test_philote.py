@@ -21,7 +21,6 @@ import http.client
 import itertools
 import json
 import logging
-import math
 import operator
 import os
 import random
@@ -101,7 +100,7 @@ def make_token(read=(), write=(), secret=SECRET, algorithm="HS256", **claims):
 
 def in_seconds(count):
     """A time for the claim exp, never too early: PyJWT cuts it down to a whole second."""
-    return math.ceil(time.time()) + count
+    return int(time.time()) + 1 + count
 
 
 def wait_until(condition, what="the condition"):
@@ -177,10 +176,8 @@ def ask(server, request, half_close=False):
             sock.sendall(request)
         if half_close:
             sock.shutdown(socket.SHUT_WR)
-        try:
+        with contextlib.suppress(ConnectionError):
             return read_response(file)
-        except ConnectionError:
-            return None
 
 
 def status_of(server, request):
@@ -230,8 +227,7 @@ class RawClient:
         head = self.file.read(2)
         if len(head) < 2:
             return None
-        assert head[0] & 0xF0 == 0x80 and not head[1] & 0x80, \
-            "the server fragments or masks a frame"
+        assert head[0] & 0xF0 == 0x80 and not head[1] & 0x80, "it fragments or masks a frame"
         size = head[1]
         if size > 125:
             size = int.from_bytes(self.file.read(2 if size == 126 else 8), "big")
@@ -318,15 +314,6 @@ def is_back_at(server, before):
     """Whether nothing is left; threads and descriptors that an earlier test left may have gone."""
     now = footprint(server)
     return now[:3] == before[:3] and all(map(operator.le, now[3:], before[3:]))
-
-
-@pytest.fixture
-def without_gc():
-    """Keep the garbage collector from taking what was forgotten."""
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
 
 
 @pytest.fixture
@@ -421,9 +408,8 @@ def traced():
 def test_the_defaults_are_those_of_the_original():
     assert philote.Settings.from_environ({}) == philote.Settings(
         secret="", host="", port=6380, loglevel="info", max_connections=255, read_buffer_size=1024,
-        write_buffer_size=1024, check_origin=False, max_message_size=1 << 20,
-        max_queue_size=1 << 20, max_message_rate=0, ping_interval=25, request_timeout=10,
-        shutdown_timeout=10)
+        write_buffer_size=1024, check_origin=False, max_message_size=1 << 20, max_message_rate=0,
+        max_queue_size=1 << 20, ping_interval=25, request_timeout=10, shutdown_timeout=10)
 
 
 @pytest.mark.parametrize("name, value, expected", [
@@ -435,8 +421,7 @@ def test_the_defaults_are_those_of_the_original():
     ("MAX_MESSAGE_RATE", "0.5", 0.5), ("PING_INTERVAL", "0", 0), ("SHUTDOWN_TIMEOUT", "2.5", 2.5),
     *[("CHECK_ORIGIN", value, True) for value in ("1", "t", "T", "true", "TRUE", "True")],
     *[("CHECK_ORIGIN", value, False) for value in ("0", "f", "F", "false", "FALSE", "False")],
-    ("CHECK_ORIGIN", "https://a.example, HTTP://b:81", ("https://a.example", "http://b:81")),
-])
+    ("CHECK_ORIGIN", "https://a.example, HTTP://b:81", ("https://a.example", "http://b:81"))])
 def test_a_setting_is_read(name, value, expected):
     assert getattr(philote.Settings.from_environ({name: value}), name.lower()) == expected
 
@@ -448,8 +433,7 @@ def test_a_setting_is_read(name, value, expected):
     ("MAX_MESSAGE_SIZE", "0"), ("MAX_QUEUE_SIZE", "-5"), ("MAX_MESSAGE_RATE", "nan"),
     ("PING_INTERVAL", "inf"), ("SHUTDOWN_TIMEOUT", "-1"), ("CHECK_ORIGIN", "yes"),
     ("CHECK_ORIGIN", "example.com"), ("CHECK_ORIGIN", "https://a.example,"), ("CHECK_ORIGIN", ""),
-    ("SECRET", "-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----"),
-])
+    ("SECRET", "-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----")])
 def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(name, value):
     with pytest.raises(philote.SettingsError) as caught:
         philote.Settings.from_environ({name: value})
@@ -458,19 +442,13 @@ def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(name, value):
     assert ("MIIB" not in line) if name == "SECRET" else (repr(value[:80]) in line)
 
 
-def test_the_readmes_table_and_the_help_name_every_setting_and_its_default(capsys):
+def test_the_readmes_table_names_every_setting_and_its_default():
     rows = re.findall(r"(?m)^\| `([A-Z_]+)` \| ([^|]+) \|", (HERE / "README.md").read_text())
-    fields = philote.dataclasses.fields(philote.Settings)
     shown = {"": ("empty", "all interfaces"), False: ("false",)}
-    assert sorted(name for name, _ in rows) == sorted(field.name.upper() for field in fields)
+    assert sorted(name.lower() for name, _ in rows) == sorted(vars(philote.Settings()))
     for name, default in rows:
         value = getattr(philote.Settings(), name.lower())
         assert default in shown.get(value, ()) or default == str(value), name
-    with pytest.raises(SystemExit):
-        philote.main(["serve", "--help"])
-    said = capsys.readouterr().out
-    for field in fields:
-        assert field.name.upper() in said and field.metadata["allowed"] in said
 
 
 def test_settings_do_not_show_the_secret():
@@ -495,29 +473,22 @@ def test_the_signature_is_that_of_the_secret_as_it_is(secret):
     assert jwt.decode(philote.new_token(secret, ["a"]), key, ["HS256"])["read"] == ["a"]
 
 
-@pytest.mark.parametrize("algorithm", ["HS256", "HS384", "HS512"])
-def test_three_algorithms_are_accepted(server, algorithm):
-    RawClient(server, token=make_token(algorithm=algorithm)).close()
-
-
-@pytest.mark.parametrize("claims", [
-    {"exp": 2**40}, {"exp": time.time() + 1000.5}, {"nbf": 5}, {"iat": 5}, {"aud": "x"}, {"aud": 5},
-    {"iss": "x"}, {"sub": "x"}, {"sub": 5}, {"jti": 5}, {"jti": ["x"]}, {"read": None},
-    {"write": None}, {"other": {}},
-])
-def test_a_token_is_accepted(server, claims):
-    token = jwt.api_jws.encode(json.dumps({"read": [], **claims}).encode(), SECRET)
+@pytest.mark.parametrize("algorithm, claims", [
+    ("HS256", {}), ("HS384", {}), ("HS512", {}), *[("HS256", claims) for claims in (
+        {"exp": 2**40}, {"exp": time.time() + 1000.5}, {"nbf": 5}, {"iat": 5}, {"aud": "x"},
+        {"aud": 5}, {"iss": "x"}, {"sub": "x"}, {"sub": 5}, {"jti": 5}, {"jti": ["x"]},
+        {"read": None}, {"write": None}, {"other": {}})]])
+def test_a_token_is_accepted(server, algorithm, claims):
+    token = jwt.api_jws.encode(json.dumps({"read": [], **claims}).encode(), SECRET, algorithm)
     RawClient(server, token=token).close()
 
 
-def raw_token(header, claims, secret=SECRET):
-    """Sign anything, with HS256 whatever the header says."""
-    head, body = (
-        base64.urlsafe_b64encode(
-            part if isinstance(part, bytes) else json.dumps(part).encode()).rstrip(b"=")
-        for part in (header, claims))
-    mark = hmac.new(secret.encode(), head + b"." + body, hashlib.sha256).digest()
-    return (head + b"." + body + b"." + base64.urlsafe_b64encode(mark).rstrip(b"=")).decode()
+def raw_token(*parts):
+    """Sign anything as header and claims, with HS256 whatever the header says."""
+    parts = [part if isinstance(part, bytes) else json.dumps(part).encode() for part in parts]
+    signed = b".".join(base64.urlsafe_b64encode(part).rstrip(b"=") for part in parts)
+    mark = hmac.new(SECRET.encode(), signed, hashlib.sha256).digest()
+    return (signed + b"." + base64.urlsafe_b64encode(mark).rstrip(b"=")).decode()
 
 
 BAD_TOKENS = {
@@ -538,8 +509,7 @@ BAD_TOKENS = {
         '{"iat": 99999999999}', '{"nbf": "1"}', '{"read": "abc"}', '{"read": 5}',
         '{"read": {"a": 1}}', '{"read": [5]}', '{"read": ["a", null]}', '{"read": [""]}',
         '{"write": "abc"}', '{"write": [["a"]]}', '{"write": false}')},
-    "exp now": make_token(exp=int(time.time())),
-}
+    "exp now": make_token(exp=int(time.time()))}
 
 
 @pytest.mark.parametrize("name", BAD_TOKENS)
@@ -564,8 +534,7 @@ GOOD, BAD = make_token(["a"]), make_token(["a"], secret="wrong" * 8)
     ("/?token=" + GOOD, None, 401), ("/", "Bearer", 401), ("/", "", 401),
     ("/", "Token " + GOOD, 401), ("/", "a" * 9000, 401), ("/?auth=" + "a" * 9000, None, 414),
     *[("/?auth=" + odd, None, 401) for odd in (
-        "%ED%B3%BF", "%00", "%FF%FE%61%00", "a&auth=b", "%", "")],
-])
+        "%ED%B3%BF", "%00", "%FF%FE%61%00", "a&auth=b", "%", "")]])
 def test_a_token_comes_in_the_header_or_else_in_the_query(server, path, header, expected):
     headers = {} if header is None else {"Authorization": header}
     assert status_of(server, upgrade_request(path, headers)) == expected
@@ -574,8 +543,7 @@ def test_a_token_comes_in_the_header_or_else_in_the_query(server, path, header, 
 @pytest.mark.parametrize("address, expected", [
     ("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("::ffff:127.0.0.1", True),
     ("::ffff:10.0.0.1", False), ("10.0.0.1", False), ("192.168.1.1", False), ("::", False),
-    ("fe80::1%eth0", False), ("8.8.8.8", False),
-])
+    ("fe80::1%eth0", False), ("8.8.8.8", False)])
 def test_loopback_addresses_are_known(address, expected):
     assert philote.is_loopback(address) is expected
 
@@ -605,11 +573,10 @@ def test_no_token_and_no_secret_reaches_the_log(server, caplog):
 
 # ----------------------------------------------------------------------------------------- messages
 
-def test_a_message_reaches_every_other_reader_and_not_its_publisher(server):
-    with RawClient(server, ["a"], ["a"]) as one, RawClient(server, ["a", "b"]) as two, \
-            RawClient(server, ["b"]) as other:
+def test_a_message_reaches_every_other_reader_and_not_its_publisher(server, reader):
+    with RawClient(server, ["a"], ["a"]) as one, RawClient(server, ["b"]) as other:
         one.publish("a", "hello")
-        received = two.receive()
+        received = reader.receive()
         assert list(received) == ["issuer", "channel", "data"] and received["data"] == "hello"
         assert uuid.UUID(received["issuer"]).version == 4
         assert one.is_quiet() and other.is_quiet()
@@ -632,8 +599,7 @@ def test_the_bytes_on_the_wire_are_those_of_the_original(reader, writer):
     ('{"channel": "a", "data": null}', None),
     ('{"channel": "a", "data": "\\u0000\\ud83d\\ude00"}', "\0\U0001f600"),
     ('{"channel": "a", "data": "\\ud800"}', "\ud800"), ('{"channel": "\\u0061", "data": "x"}', "x"),
-    ('{"channel": "a", "data": "x", "n": 1e999, "m": 123456789012345678901234567890}', "x"),
-])
+    ('{"channel": "a", "data": "x", "n": 1e999, "m": 123456789012345678901234567890}', "x")])
 def test_a_message_is_accepted_in_text_and_binary_frames_and_over_http(
         server, reader, writer, sent, data):
     for send in (lambda: writer.send(frame(1, sent)), lambda: writer.send(frame(2, sent)),
@@ -690,30 +656,24 @@ def test_a_message_to_a_channel_that_may_not_be_written_is_refused(server, undis
 
 # ------------------------------------------------------------------------------------------- frames
 
-@pytest.mark.parametrize("size", [1, 2, 3, 7, 50, 1000])
-def test_frames_split_and_joined_anywhere_give_the_same_messages(reader, writer, size):
-    expected = [f"{i}:" + "\u00e9" * (i * 7 % 90) for i in range(40)]
-    stream = b"".join(text("a", data) for data in expected)
-    for at in range(0, len(stream), size):
-        writer.send(stream[at:at + size])
-    assert reader.receive_data(40) == expected
-
-
-def test_a_frame_cut_at_every_byte_is_read_whole():
+def test_frames_split_and_joined_anywhere_are_read_whole():
     # Without a socket in between, so that the cuts are where they are meant to be.
     split = message("a", "split")
     stream = (text("a", "first") + frame(9, b"ping") + frame(2, message()) + text("a", "x" * 200)
               + frame(1, split[:9], fin=False) + frame(0, split[9:]) + frame(8, b"\x03\xe8"))
     whole = [message("a", "first"), (9, b"ping"), (2, message().encode()), message("a", "x" * 200),
              (0, b""), message("a", "split"), frame(8, b"\x03\xe8")]
-    for cut in range(len(stream) + 1):
+    splits = [[stream[:cut], stream[cut:]] for cut in range(1, len(stream))]
+    for size in (1, 2, 3, 7, 50, len(stream)):
+        splits.append([stream[at:at + size] for at in range(0, len(stream), size)])
+    for parts in splits:
         frames = philote.read_frames(1000)
         items = [next(frames)]
-        for part in filter(None, (stream[:cut], stream[cut:])):
+        for part in parts:
             items.append(frames.send(part))
             while items[-1] is not None:
                 items.append(next(frames))
-        assert [item for item in items if item is not None] == whole, cut
+        assert [item for item in items if item is not None] == whole, parts
 
 
 def test_nothing_of_a_large_message_is_held_when_it_is_over():
@@ -732,26 +692,11 @@ def test_unmasking_is_right_for_every_size(size):
     assert philote.unmask(mask, payload) == masked(mask, payload)
 
 
-@pytest.mark.parametrize("size", [0, 50, 125, 126, 65535, 65536, 500_000])
-def test_a_message_of_any_size_goes_through(reader, writer, size):
-    publish_all(writer, "a", ["x" * size, "end"])
-    assert [reader.receive().get("data", "") for _ in range(2)] == ["x" * size, "end"]
-
-
-def test_a_message_may_be_as_large_as_the_limit_and_no_larger(server, reader, writer):
-    limit = server.settings.max_message_size
-    envelope = len(message("a", ""))
-    writer.publish("a", "x" * (limit - envelope))
-    assert len(reader.receive()["data"]) == limit - envelope
-    writer.publish("a", "x" * (limit - envelope + 1))
-    assert writer.read_close() == 1009 and reader.is_quiet()
-
-
-def test_frames_in_the_packet_of_the_handshake_are_delivered(server, reader):
-    sent = text("a", "one") + text("a", "two")
-    with RawClient(server, write=["a"], rest=sent[:-9]) as writer:
-        writer.send(sent[-9:])
-        assert reader.receive_data(2) == ["one", "two"]
+@pytest.mark.parametrize("size", [0, 50, 125, 126, 65535, 65536, 500_000, 1 << 20])
+def test_a_message_of_any_size_up_to_the_limit_goes_through(reader, writer, size):
+    data = "x" * min(size, (1 << 20) - len(message("a", "")))
+    publish_all(writer, "a", [data, "end"])
+    assert [reader.receive().get("data", "") for _ in range(2)] == [data, "end"]
 
 
 @pytest.mark.parametrize("opcode", [1, 2])
@@ -805,22 +750,19 @@ BROKEN_FRAMES = {
     "close with a reason not UTF-8": (frame(8, b"\x03\xe8\xff"), 1007),
     "anything behind a close frame": (
         frame(8, b"\x03\xe8") + text("by", "no") + frame(3) + b"\xff" * 99, 1000),
-    "nothing but an end": (None, "gone"),
-}
+    "nothing but an end": (b"", "gone")}
 
 
 @pytest.mark.parametrize("name", BROKEN_FRAMES)
 def test_a_broken_frame_ends_its_own_connection_only(server, undisturbed, name):
     sent, code = BROKEN_FRAMES[name]
     with RawClient(server, ["x"], ["by", "a"]) as client:
-        if sent is None:
+        with contextlib.suppress(ConnectionError):
+            client.send(sent)
+        if not sent:
             client.sock.shutdown(socket.SHUT_WR)
-        else:
-            with contextlib.suppress(ConnectionError):
-                client.send(sent)
         assert client.read_close() == code
-        assert code == "gone" or client.read_frame() is None, \
-            "the server did not end the TCP connection"
+        assert code == "gone" or client.read_frame() is None, "the connection did not end"
 
 
 @pytest.mark.parametrize("behind", ["nothing", "frames without end"])
@@ -907,11 +849,10 @@ def test_stalled_subscribers_hold_no_more_than_their_limit(server, writer, full)
 
 @with_settings(max_queue_size=50_000)
 def test_pings_without_end_from_a_peer_that_never_reads_end_it(server, undisturbed):
-    with RawClient(server, receive_buffer=4096) as client:
-        with pytest.raises(OSError):
-            while True:
-                client.send(frame(9, b"x" * 125) * 100)
-        wait_until(lambda: totals(server)["slow_consumers"] == 1)
+    with RawClient(server, receive_buffer=4096) as client, pytest.raises(OSError):
+        while True:
+            client.send(frame(9, b"x" * 125) * 100)
+    wait_until(lambda: totals(server)["slow_consumers"] == 1)
 
 
 @with_settings(max_queue_size=1 << 24)
@@ -1053,8 +994,7 @@ LOCKED = {
     "metrics": (lambda s, c, w: s.metrics.lock, [
         lambda s, c, w: s.metrics.count("x"), lambda s, c, w: s.metrics.refuse("x"),
         lambda s, c, w: s.metrics.totals(), lambda s, c, w: s.metrics.render()]),
-    "log limit": (lambda s, c, w: s.log_limit.lock, [lambda s, c, w: s.log_limit.may_log("x")]),
-}
+    "log limit": (lambda s, c, w: s.log_limit.lock, [lambda s, c, w: s.log_limit.may_log("x")])}
 
 
 @pytest.mark.parametrize("name", LOCKED)
@@ -1064,14 +1004,12 @@ def test_whoever_shares_something_waits_for_the_lock_that_guards_it(unserved, na
         ours, theirs = socket.socketpair()
         connection = philote.Connection(unserved, ours, "x")
         websocket = philote.WebSocket(connection, philote.AccessKey(), ["a"], b"")
-        with ours, theirs:
-            with lock_of(unserved, connection, websocket):
-                thread = threading.Thread(target=call, args=(unserved, connection, websocket))
-                thread.start()
-                thread.join(0.1)
-                assert thread.is_alive(), "it did not wait"
-            thread.join(PATIENCE)
-            assert not thread.is_alive()
+        lock = lock_of(unserved, connection, websocket)
+        lock.acquire()
+        with ours, theirs, background(partial(call, unserved, connection, websocket)) as (waiter,):
+            with pytest.raises(concurrent.futures.TimeoutError):
+                waiter.result(0.1)
+            lock.release()
 
 
 # -------------------------------------------------------------------------------------- subscribers
@@ -1356,14 +1294,13 @@ class Follower(RawClient):
         return json.loads(line[6:])
 
 
-def test_a_message_published_over_http_reaches_the_subscribers(server):
-    with RawClient(server, ["a"]) as one, Follower(server) as two, \
-            RawClient(server, ["b"]) as other:
+def test_a_message_published_over_http_reaches_the_subscribers(server, reader):
+    with Follower(server) as follower, RawClient(server, ["b"]) as other:
         answer = publish(server, {"channel": "a", "data": "h\u00e9\u2028\n"})
         assert set(answer) == {"issuer", "receivers"} and answer["receivers"] == 2
         assert uuid.UUID(answer["issuer"]).version == 4
         expected = {"issuer": answer["issuer"], "channel": "a", "data": "h\u00e9\u2028\n"}
-        assert one.receive() == two.receive() == expected and other.is_quiet()
+        assert reader.receive() == follower.receive() == expected and other.is_quiet()
 
 
 def test_only_the_subscribers_that_are_connected_are_counted_as_receivers(server):
@@ -1404,7 +1341,7 @@ def test_a_body_of_these_content_types_is_taken_for_json(server):
         assert status_of(server, publish_request(headers={"Content-Type": kind})) == 200, kind
 
 
-PUBLISH_ERRORS = {
+REFUSED = {
     (400, "bad_message"): [publish_request(body) for body in (
         b"channel=a&data=x", b"", b'"a"', b'{"data": "x"}', b'{"channel": "a", "data": "\xff"}',
         b"[" * 200_000, b'[[{"channel": "a"}]]', b'[{"channel": "a"}, null]',
@@ -1412,25 +1349,38 @@ PUBLISH_ERRORS = {
         b'[{"channel": "a"}, []]', b'[{"channel": "a"}, {"channel": "b"}')],
     (400, "bad_request"): [publish_request(headers=headers) for headers in (
         {"Content-Length": "1e3"}, {"Content-Length": "-1"}, {"content-length": "29"})],
-    (401, "unauthorized"): [publish_request(token=token) for token in (
-        "", make_token(write=["a"], secret="x" * 32), make_token(write=["a"], exp=5))],
+    (401, "unauthorized"): [
+        *[publish_request(token=token) for token in (
+            "", make_token(write=["a"], secret="x" * 32), make_token(write=["a"], exp=5))],
+        *[http_request("GET", "/api/events" + query, token=token) for query, token in (
+            ("", ""), ("", "garbage"), ("", BAD), ("", make_token(["a"], exp=5)),
+            ("?auth=garbage", ""), ("?auth=" + BAD, ""), ("?auth=" + make_token(exp=5), ""))]],
     (403, "forbidden"): [
         publish_request(token=GOOD), publish_request(b'{"channel": "c"}'),
-        publish_request(b'[{"channel": "a"}, {"channel": "c"}]')],
+        publish_request(b'[{"channel": "a"}, {"channel": "c"}]'), *[
+            http_request("GET", "/api/events?channel=" + channel, token=make_token(["a"], ["b"]))
+            for channel in ("b", "a&channel=b", "", "A", "a%00")]],
+    (404, "not_found"): [
+        http_request(method, path, token=API) for method in ("GET", "POST", "OPTIONS", "GARBAGE")
+        for path in ("/api", "/api/", "/api/publish/", "/api/publish/a", "/Health", "/metrics.txt",
+                     "//health", "/%68ealth", "*")],
+    (405, "method_not_allowed"): [http_request("PUT", "/health")],
+    (406, "not_acceptable"): [
+        http_request("GET", "/api/events", token=GOOD, headers={"Accept": accept})
+        for accept in ("text/html", "application/json, image/*")],
     (411, "length_required"): [
         publish_request(None), publish_request(headers={"Transfer-Encoding": "chunked"}),
         publish_request(None, headers={"Transfer-Encoding": "chunked"}) + b"2\r\n{}\r\n0\r\n\r\n"],
     (413, "too_large"): [publish_request(b" " * ((1 << 20) + 1)),
                          publish_request(headers={"Content-Length": "9" * 99})],
     (415, "unsupported_media_type"): [publish_request(headers={"Content-Type": kind})
-                                      for kind in ("multipart/form-data", "text/plain")],
-}
+                                      for kind in ("multipart/form-data", "text/plain")]}
 
 
-@pytest.mark.parametrize("expected", PUBLISH_ERRORS, ids=str)
-def test_what_cannot_be_published_is_refused_with_an_error_in_json(server, undisturbed, expected):
+@pytest.mark.parametrize("expected", REFUSED, ids=str)
+def test_what_cannot_be_done_is_refused_with_an_error_in_json(server, undisturbed, expected):
     with RawClient(server, ["a", "b", "c"]) as reader:
-        for request in PUBLISH_ERRORS[expected]:
+        for request in REFUSED[expected]:
             _, headers, body = answer = ask(server, request)
             assert error_of(answer) == expected, request[:300]
             assert headers["content-type"] == "application/json"
@@ -1517,8 +1467,7 @@ def test_requests_may_come_in_any_pieces_with_empty_lines_between(server, reader
 STALLED = [  # what comes, and then nothing; the status of the answer
     (b"", None), (b"\r\n", None), (b"GET / HTTP/1.1\r\nHost", 408), (upgrade()[:-2], 408),
     (b"GET / HTTP/1.1\n\n", 408), (publish_request(headers={"Content-Length": 99}), 408),
-    (http_request("GET", "/health"), 200),
-]
+    (http_request("GET", "/health"), 200)]
 
 
 @with_settings(request_timeout=1)
@@ -1601,8 +1550,7 @@ def test_info_describes_the_server(server):
 
 API_TOKENS = {
     200: [API], 401: ["", make_token(api=True, secret="x" * 32), make_token(api=True, exp=5)],
-    403: [GOOD, WRITER, make_token(api="true"), make_token(api=1), make_token(api=False)],
-}
+    403: [GOOD, WRITER, make_token(api="true"), make_token(api=1), make_token(api=False)]}
 
 
 @pytest.mark.parametrize("expected", API_TOKENS)
@@ -1663,8 +1611,7 @@ def test_the_metrics_of_a_known_run_are_exact(server):
     assert {name: metrics[name] for name in metrics if "bytes" not in name} == {
         "connections": 4, "connections_total": 4, "channels": 3, "messages_received_total": 12,
         "messages_published_total": 7, "messages_delivered_total": 14, "slow_consumers_total": 0,
-        "log_lines_lost_total": 0,
-        "errors_total bad_message": 3, "errors_total forbidden": 2,
+        "log_lines_lost_total": 0, "errors_total bad_message": 3, "errors_total forbidden": 2,
         "refusals_total unauthorized": 2, "refusals_total not_found": 1}
     wait_until(lambda: not subscriber_count(server) and not channel_count(server))
     assert metrics_of(server).items() >= {
@@ -1672,18 +1619,11 @@ def test_the_metrics_of_a_known_run_are_exact(server):
 
 
 REFUSALS = {
-    "unauthorized": upgrade_request(), "forbidden": publish_request(token=make_token()),
-    "bad_request": b"{}\r\n\r\n", "bad_message": publish_request(b"5"),
-    "method_not_allowed": http_request("PUT", "/health"), "not_found": http_request("GET", "/x"),
+    **{code: requests[0] for (_, code), requests in REFUSED.items()}, "full": upgrade(),
     "upgrade_required": upgrade_request(headers={"Sec-WebSocket-Version": "8"}),
-    "length_required": publish_request(None),
-    "not_acceptable": http_request("GET", "/api/events", token=GOOD, headers={"Accept": "a/b"}),
-    "too_large": publish_request(headers={"Content-Length": 1 << 30}),
-    "unsupported_media_type": publish_request(headers={"Content-Type": "a/b"}),
-    "uri_too_long": http_request("GET", "/" + "x" * 9000), "full": upgrade(),
+    "uri_too_long": http_request("GET", "/" + "x" * 9000),
     "request_header_fields_too_large": http_request("GET", "/", headers={"X": "x" * 17000}),
-    "origin": upgrade_request(headers={"Origin": "http://elsewhere"}),
-}
+    "origin": upgrade_request(headers={"Origin": "http://elsewhere"})}
 
 
 @with_settings(max_connections=1, check_origin=True)
@@ -1789,29 +1729,12 @@ def test_the_bytes_of_an_event_are_those_of_the_socket(server, reader, writer):
                 assert json.loads(payload).get("data", "") == data
 
 
-def test_events_of_channels_that_may_not_be_read_are_refused(server):
-    for query in ("b", "a&channel=b", "", "A", "a%00"):
-        answer = call(server, "GET", "/api/events?channel=" + query, token=make_token(["a"], ["b"]))
-        assert error_of(answer) == (403, "forbidden"), query
-    assert subscriber_count(server) == channel_count(server) == 0
-
-
-def test_events_are_sent_to_who_accepts_them(server):
-    for expected, accepts in {
-            200: ["", "text/event-stream", "*/*", "text/*", "TEXT/Event-Stream",
-                  "text/html, text/event-stream;q=0.5"],
-            406: ["text/html", "application/json, image/*"]}.items():
-        for accept in accepts:
-            answer = call(server, "GET", "/api/events", token=GOOD, headers={"Accept": accept})
-            assert answer[0] == expected, accept
-            assert expected == 200 or error_of(answer) == (406, "not_acceptable")
-
-
-def test_events_need_a_token_in_the_header_or_in_the_query(server):
-    for token in ("", "garbage", BAD, make_token(["a"], exp=5)):
-        assert status_of(server, http_request("GET", "/api/events", token=token)) == 401, token
-        assert status_of(server, http_request("GET", "/api/events?auth=" + token)) == 401, token
-    assert status_of(server, http_request("GET", "/api/events?channel=a&auth=" + GOOD)) == 200
+def test_events_are_sent_to_who_accepts_them_also_with_the_token_in_the_query(server):
+    # A browser's EventSource can set no header.
+    for accept in ("", "text/event-stream", "*/*", "text/*", "TEXT/Event-Stream",
+                   "text/html, text/event-stream;q=0.5"):
+        path = "/api/events?channel=a&auth=" + GOOD
+        assert call(server, "GET", path, headers={"Accept": accept})[0] == 200, accept
 
 
 @with_settings(ping_interval=0.1)
@@ -1911,21 +1834,11 @@ def test_a_preflight_request_is_answered(server):
         assert int(headers["access-control-max-age"]) > 0 and "content-length" not in headers
 
 
-def test_there_is_nothing_at_other_paths(server):
-    for path, method in itertools.product(
-            ("/api", "/api/", "/api/publish/", "/api/publish/a", "/Health", "/metrics.txt",
-             "//health", "/%68ealth", "*"), ("GET", "POST", "OPTIONS", "GARBAGE")):
-        answer = call(server, method, path, token=API)
-        assert error_of(answer) == (404, "not_found"), (method, path)
-        assert answer[1]["content-type"] == "application/json"
-
-
 @pytest.mark.parametrize("method, path, allow", [
     *[(method, "/api/publish", "OPTIONS, POST") for method in ("GET", "HEAD", "PUT")],
     *[(method, path, "GET, HEAD, OPTIONS") for method, path in (
         ("POST", "/api/events"), ("POST", "/api/info"), ("DELETE", "/metrics"), ("POST", "/"),
-        ("CONNECT", "/"), ("POST", "/health"), ("get", "/health"), ("TRACE", "/health"))],
-])
+        ("CONNECT", "/"), ("POST", "/health"), ("get", "/health"), ("TRACE", "/health"))]])
 def test_another_method_is_answered_with_those_that_are_allowed(server, method, path, allow):
     status, headers, body = call(server, method, path, None, API, {"Connection": "close"})
     assert (status, headers["allow"]) == (405, allow)
@@ -1934,8 +1847,7 @@ def test_another_method_is_answered_with_those_that_are_allowed(server, method, 
 
 @pytest.mark.parametrize("path, token, expected", [
     ("/health", "", 200), ("/api/info", API, 200), ("/metrics", API, 200), ("/metrics", "", 401),
-    ("/x", "", 404), ("/api/publish", WRITER, 405), ("http://localhost/health?x=1", "", 200),
-])
+    ("/x", "", 404), ("/api/publish", WRITER, 405), ("http://localhost/health?x=1", "", 200)])
 def test_head_is_answered_as_get_without_a_body(server, path, token, expected):
     head, get, body = answer_to(
         server, http_request("HEAD", path, token=token)
@@ -1995,8 +1907,7 @@ UPGRADES = [
         "Origin": ["null"], "X-Any": ["\xe4\xff"], "X-Empty": [""], "X-Spaces": ["  a\tb  "],
         "Expect": ["100-continue"]}.items() for value in values],
     *[upgrade(path=path) for path in (
-        "/any/path", "/health", "/api/publish?x=1", "/?%ff", "http://localhost/", "*")],
-]
+        "/any/path", "/health", "/api/publish?x=1", "/?%ff", "http://localhost/", "*")]]
 
 
 def test_an_upgrade_is_accepted_at_any_path_without_extension_or_subprotocol(server):
@@ -2023,7 +1934,10 @@ BAD_HANDSHAKES = {
             "Content-Length": ["x"]}.items() for value in values],
         *[upgrade().replace(b"\r\n", b"\r\n" + line + b"\r\n", 1) for line in (
             b"X: a\nY: b", b"X: a\rb", b"X: a\0b", b"no colon", b" folded", b"\tfolded", b"X : a",
-            b": a", b"X\xe4: a", b"X: a\r", b"(X): a", b"X: \x7f")],
+            b": a", b"X\xe4: a", b"X: a\r", b"(X): a", b"X: \x7f",
+            # These must not keep the process busy.
+            b"a:" + b" " * 15000 + b"\x01", b"a: " + b"b \t" * 5000 + b"\0", b"a" * 15000 + b" :",
+            b"Host: " + b"a." * 7000)],
         *[upgrade().replace(b"GET / HTTP/1.1", line, 1) for line in (
             b"GET / HTTP/1.0", b"GET / HTTP/2.0", b"GET / HTTP/1.1 ", b"GET  / HTTP/1.1", b"GET /",
             b"GET / a HTTP/1.1", b"GET /\xff HTTP/1.1", b"GET / http/1.1", b"GET / HTTP/1.11",
@@ -2041,8 +1955,7 @@ BAD_HANDSHAKES = {
         upgrade({"Sec-WebSocket-Version": version})
         for version in ("8", "0", "14", "", "13, 8", "013", "x")]],
     431: [upgrade({"X": "x" * 17 * 1024}), upgrade({"X": "x" * 10**6})[:-4],
-          upgrade({f"X-{i}": "x" for i in range(200)})],
-}
+          upgrade({f"X-{i}": "x" for i in range(200)})]}
 
 
 @pytest.mark.parametrize("expected", BAD_HANDSHAKES)
@@ -2167,12 +2080,6 @@ def test_churn_leaves_nothing_behind(server, reader, writer, full):
     assert memory[-1] <= memory[0] * 1.1, memory
 
 
-def test_no_header_keeps_the_process_busy(server, undisturbed):
-    for field in (b"a:" + b" " * 16000 + b"\x01", b"a: " + b"b \t" * 5000 + b"\0",
-                  b"a" * 16000 + b" :", b"Host: " + b"a." * 7000):
-        assert status_of(server, b"GET / HTTP/1.1\r\n%b\r\n\r\n" % field) in (400, 426)
-
-
 def test_without_threads_newcomers_are_refused_and_the_rest_goes_on(server, undisturbed, caplog):
     # No system has room for such a stack: a thread cannot be started.
     size = threading.stack_size(1 << 46)
@@ -2267,15 +2174,16 @@ def test_a_server_that_never_served_can_be_stopped():
 
 # ------------------------------------------------------------------------------------------- races
 
-def hold(monkeypatch, owner, name, matches=lambda *arguments: True):
+def hold(monkeypatch, owner, name, matches=lambda *arguments: True, at_end=False):
     """Let the first call of a method that matches wait; returns two events: it waits, it may go."""
     waits, go, real = threading.Event(), threading.Event(), getattr(owner, name)
 
     def call(*arguments, **options):
+        result = real(*arguments, **options) if at_end else None
         if matches(*arguments) and not waits.is_set():
             waits.set()
             assert go.wait(PATIENCE)
-        return real(*arguments, **options)
+        return result if at_end else real(*arguments, **options)
     monkeypatch.setattr(owner, name, call)
     return waits, go
 
@@ -2283,10 +2191,9 @@ def hold(monkeypatch, owner, name, matches=lambda *arguments: True):
 def test_a_deadline_that_passed_too_late_does_not_touch_an_upgrade(monkeypatch):
     waits, go = hold(monkeypatch, philote.HTTPError, "response", lambda error: error.status == 408)
     with running(request_timeout=0.3) as server, dial(server) as sock, sock.makefile("rb") as file:
-        request = upgrade_request("/?auth=" + GOOD)
-        sock.sendall(request[:-2])
+        sock.sendall(upgrade()[:-2])
         assert waits.wait(PATIENCE)  # the poller has decided that it is too late
-        sock.sendall(request[-2:])
+        sock.sendall(b"\r\n")
         assert read_response(file)[0] == 101
         go.set()
         publish(server, {"channel": "a", "data": "x"})
@@ -2322,7 +2229,7 @@ def test_an_event_stream_that_begins_when_the_server_stops_has_its_head(server, 
 
 
 def test_what_was_read_before_the_server_stopped_is_delivered(server, reader, writer, monkeypatch):
-    waits, go = hold(monkeypatch, philote.WebSocket, "receive")
+    waits, go = hold(monkeypatch, philote.Transport, "receive", at_end=True)
     writer.publish("a", "read, and not yet published")
     assert waits.wait(PATIENCE)
     with background(server.stop):
@@ -2333,10 +2240,10 @@ def test_what_was_read_before_the_server_stopped_is_delivered(server, reader, wr
 
 
 def test_a_second_call_of_stop_returns_when_the_first_is_done(server, reader):
-    with background(*[server.stop] * 5):
+    with background(*[lambda: server.stop() or server.poller.is_alive()] * 5) as alive:
         assert reader.read_close() == 1001
         reader.close()
-    assert not server.poller.is_alive()
+    assert results_of(alive) == [False] * 5
 
 
 def test_a_server_that_cannot_listen_leaves_no_descriptor(server):
@@ -2347,17 +2254,24 @@ def test_a_server_that_cannot_listen_leaves_no_descriptor(server):
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-def test_no_cycle_of_references_is_left_by_a_connection(server, without_gc):
-    kinds = (philote.Connection, philote.WebSocket, philote.EventStream, philote.HTTPHandler,
-             philote.simple_websocket.Server)
-    before = {id(item) for item in gc.get_objects() if isinstance(item, kinds)}  # of other tests
-    for _ in range(3):
-        RawClient(server, ["a"]).close()
-        with Follower(server) as follower:
-            follower.sock.shutdown(socket.SHUT_RDWR)
-        call(server, "GET", "/health")
-    wait_until(lambda: before >= {
-        id(item) for item in gc.get_objects() if isinstance(item, kinds)})
+def test_no_cycle_of_references_is_left_by_a_connection(server):
+    def held():
+        kinds = (philote.Connection, philote.WebSocket, philote.EventStream, philote.HTTPHandler,
+                 philote.simple_websocket.Server)
+        return {id(item) for item in gc.get_objects() if isinstance(item, kinds)}
+
+    gc.collect()
+    gc.disable()  # it would take what was forgotten
+    try:
+        before = held()  # of other tests
+        for _ in range(3):
+            RawClient(server, ["a"]).close()
+            with Follower(server) as follower:
+                follower.sock.shutdown(socket.SHUT_RDWR)
+            call(server, "GET", "/health")
+        wait_until(lambda: before >= held())
+    finally:
+        gc.enable()
 
 
 # ------------------------------------------------------------------------------------------ attacks
@@ -2373,9 +2287,7 @@ def test_every_frame_costs_something_where_the_rate_is_limited(server, reader, w
         wait_until(lambda: totals(server)["bytes_received"] > len(sent) / 2)
         busy.publish("a", "late")
         writer.publish("a", "in time")
-        data = ""
-        while data != "in time":
-            data = reader.receive().get("data")
+        for data in iter(lambda: reader.receive().get("data"), "in time"):
             assert data != "late"
 
 
@@ -2399,15 +2311,12 @@ def test_who_asks_without_a_token_is_answered_later(server, reader):
 def test_only_the_last_of_many_pings_in_one_read_is_answered(server):
     with RawClient(server) as client:
         client.send(b"".join(frame(9, b"%d" % i) for i in range(3000)) + frame(9, b"last"))
-        answers = [client.read_frame()]
-        while answers[-1] != (10, b"last"):
-            answers.append(client.read_frame())
+        answers = list(iter(client.read_frame, (10, b"last")))
         assert answers[:16] == [(10, b"%d" % i) for i in range(16)] and len(answers) < 3000
 
 
 @with_settings(max_queue_size=100_000)
-def test_what_waits_for_a_peer_that_never_reads_is_bounded_whatever_it_provokes(
-        slow_reader, traced):
+def test_what_a_peer_that_never_reads_provokes_is_bounded(slow_reader, traced):
     slow_reader.sock.settimeout(0.2)
     with contextlib.suppress(OSError):
         for _ in range(40_000):
@@ -2417,9 +2326,8 @@ def test_what_waits_for_a_peer_that_never_reads_is_bounded_whatever_it_provokes(
 
 def test_a_fragment_is_held_as_the_bytes_that_it_came_as(server, reader, writer, traced):
     sent = message("a", "x" * 900_000 + "\U0001f600").encode()
-    first = frame(1, sent[:-5], fin=False)
     before = traced()[0]
-    writer.send(first)
+    writer.send(frame(1, sent[:-5], fin=False))
     wait_until(lambda: totals(server)["bytes_received"] > 900_000)
     assert writer.is_quiet() and traced()[0] - before < 2 << 20
     writer.send(frame(0, sent[-5:]))
@@ -2481,14 +2389,12 @@ def test_without_a_secret_no_page_of_another_site_is_let_in(host, origin, expect
         assert status_of(server, request) == expected
 
 
-@pytest.mark.parametrize("path, named", [
-    ("/api/events?chanel=a", "chanel"), ("/api/publish?channel=a", "channel"),
-    ("/api/info?x=1", '"x"')])
-def test_a_parameter_that_means_nothing_is_named(server, path, named):
-    method = "POST" if "publish" in path else "GET"
-    status, _, body = call(server, method, path, b'{"channel": "a"}' if method == "POST" else None,
-                           make_token(["a"], ["a"], api=True))
-    assert status == 400 and named in json.loads(body)["reason"].replace("\\", "")
+@pytest.mark.parametrize("method, path, body, named", [
+    ("GET", "/api/events?chanel=a", None, '"chanel"'), ("GET", "/api/info?x=1", None, '"x"'),
+    ("POST", "/api/publish?channel=a", b'{"channel": "a"}', '"channel"')])
+def test_a_parameter_that_means_nothing_is_named(server, method, path, body, named):
+    status, _, body = call(server, method, path, body, make_token(["a"], ["a"], api=True))
+    assert status == 400 and named in json.loads(body)["reason"]
 
 
 def test_those_who_send_more_than_is_read_take_turns(server, monkeypatch, reader, writer):
@@ -2505,12 +2411,6 @@ def test_those_who_send_more_than_is_read_take_turns(server, monkeypatch, reader
 
 # ------------------------------------------------------------------------------------------ fuzzing
 
-@pytest.fixture
-def fuzzed(server, undisturbed):
-    """A server that many examples are thrown at, which must disturb nobody."""
-    return server
-
-
 def fuzz(check, examples, *strategies):
     """Let hypothesis try so many examples."""
     hypothesis.settings(
@@ -2518,49 +2418,34 @@ def fuzz(check, examples, *strategies):
         suppress_health_check=list(hypothesis.HealthCheck))(hypothesis.given(*strategies)(check))()
 
 
-def send_and_await_the_end(sock, sent):
-    with contextlib.suppress(OSError):
-        sock.sendall(sent)
-        sock.shutdown(socket.SHUT_WR)
-    with contextlib.suppress(ConnectionError):
-        read_all(sock)
-
-
 FRAMES = st.builds(
     frame, st.sampled_from([0, 1, 1, 1, 2, 8, 9, 10, 3, 15]), st.binary(max_size=130)
     | st.text(max_size=60) | st.sampled_from([message(), message("no")]),
     fin=st.sampled_from([True, True, True, False]), rsv=st.sampled_from([0] * 9 + [4]),
     mask=st.sampled_from([b"\x37\xfa\x21\x3d"] * 9 + [b""]))
-
-
-def test_any_bytes_behind_the_handshake_do_no_harm(fuzzed, full):
-    def check(sent):
-        with RawClient(fuzzed, write=["a"]) as client:
-            send_and_await_the_end(client.sock, sent)
-    fuzz(check, 3000 if full else 150,
-         st.one_of(st.binary(max_size=300), st.lists(FRAMES, max_size=12).map(b"".join)))
-
-
-LINES = st.one_of(
-    st.binary(max_size=40), st.sampled_from([
+STREAMS = st.one_of(st.binary(max_size=300), st.lists(FRAMES, max_size=12).map(b"".join))
+LINES = st.one_of(st.binary(max_size=40), st.sampled_from([
         b"Host: x", b"Upgrade: websocket", b"Connection: upgrade", b"Sec-WebSocket-Version: 13",
         b"Content-Length: 5", b"Sec-WebSocket-Key: " + NONCE.encode(),
         b"Authorization: " + GOOD.encode(), b"Transfer-Encoding: chunked", b"Expect: 100-continue",
         b"Origin: null", b"", b"Connection: close", b"Content-Type: text/plain"]))
-HANDSHAKES = st.one_of(st.binary(max_size=200), st.tuples(
-    st.sampled_from([
-        b"GET / HTTP/1.1", b"POST /api/publish HTTP/1.1", b"GET /metrics HTTP/1.0",
-        b"GET /api/events?channel=a HTTP/1.1", b"OPTIONS * HTTP/1.1", b"HEAD /health HTTP/1.1",
-        b"GET /?auth=%00%ff HTTP/1.1"]),
-    st.lists(LINES, max_size=9), st.binary(max_size=20)).map(
-        lambda t: b"\r\n".join([t[0], *t[1], b"", t[2]])))
+HANDSHAKES = st.one_of(st.binary(max_size=200), st.tuples(st.sampled_from([
+    b"GET / HTTP/1.1", b"POST /api/publish HTTP/1.1", b"GET /metrics HTTP/1.0",
+    b"GET /api/events?channel=a HTTP/1.1", b"OPTIONS * HTTP/1.1", b"HEAD /health HTTP/1.1",
+    b"GET /?auth=%00%ff HTTP/1.1"]), st.lists(LINES, max_size=9), st.binary(max_size=20)
+).map(lambda t: b"\r\n".join([t[0], *t[1], b"", t[2]])))
 
 
-def test_any_handshake_does_no_harm(fuzzed, full):
+@pytest.mark.parametrize("strategy", [HANDSHAKES, STREAMS.map(upgrade().__add__)],
+                         ids=["as a handshake", "behind it"])
+@with_settings(max_message_size=10_000)
+def test_any_bytes_do_no_harm(server, undisturbed, strategy, full):
     def check(sent):
-        with dial(fuzzed) as sock:
-            send_and_await_the_end(sock, sent)
-    fuzz(check, 3000 if full else 150, HANDSHAKES)
+        with dial(server) as sock, contextlib.suppress(OSError):
+            sock.sendall(sent)
+            sock.shutdown(socket.SHUT_WR)
+            read_all(sock)
+    fuzz(check, 3000 if full else 150, strategy)
 
 
 JSON = st.recursive(
@@ -2570,9 +2455,9 @@ JSON = st.recursive(
     max_leaves=6)
 
 
-def test_any_json_value_is_published_or_answered_with_an_error(fuzzed):
+def test_any_json_value_is_published_or_answered_with_an_error(server, undisturbed):
     def check(value):
-        with RawClient(fuzzed, ["a"], ["a"]) as client:
+        with RawClient(server, ["a"], ["a"]) as client:
             client.send(frame(1, json.dumps(value)) + frame(9))
             opcode, payload = client.read_frame()
             if opcode == 1:
@@ -2582,13 +2467,13 @@ def test_any_json_value_is_published_or_answered_with_an_error(fuzzed):
     fuzz(check, 300, JSON)
 
 
-def test_any_split_of_a_valid_stream_gives_the_same_messages(fuzzed):
+def test_any_split_of_a_valid_stream_gives_the_same_messages(server, undisturbed):
     def fragments(body):
         return frame(1, body[:9], fin=False) + frame(9) + frame(0, body[9:])
 
     def check(messages, cuts):
         stream = b"".join(encode(message("a", data)) for encode, data in messages)
-        with RawClient(fuzzed, ["a"]) as reader, RawClient(fuzzed, write=["a"]) as writer:
+        with RawClient(server, ["a"]) as reader, RawClient(server, write=["a"]) as writer:
             for start, end in itertools.pairwise([0, *itertools.accumulate(cuts), len(stream)]):
                 writer.send(stream[start:end])
             assert [reader.receive().get("data", "") for _ in messages] == [d for _, d in messages]
@@ -2816,20 +2701,17 @@ class Command(subprocess.Popen):
             [*launcher, *arguments], cwd=cwd, stdin=subprocess.PIPE, stdout=stdout,
             stderr=subprocess.PIPE, encoding="utf-8", errors="surrogateescape",
             env={name: value for name, value in environ.items() if value is not None})
-        self.out, self.err, self.connected = [], [], []
+        self.out, self.said = [], []
         self.readers = [
-            threading.Thread(target=collect, args=(pipe,), daemon=True) for pipe, collect in (
-                (self.stdout, self._collect_output), (self.stderr, self._collect_errors)) if pipe]
+            threading.Thread(target=lines.extend, args=(iter(pipe.readline, ""),), daemon=True)
+            for pipe, lines in ((self.stdout, self.out), (self.stderr, self.said)) if pipe]
         for reader in self.readers:
             reader.start()
 
-    def _collect_output(self, pipe):
-        self.out.extend(iter(pipe.readline, ""))
-
-    def _collect_errors(self, pipe):
-        for line in iter(pipe.readline, ""):  # that it is connected is no error
-            lines = self.connected if line.startswith("philote: connected to ") else self.err
-            lines.append(line)
+    @property
+    def err(self):
+        """The lines on standard error, but for that it is connected, which is no error."""
+        return [line for line in list(self.said) if not line.startswith("philote: connected to ")]
 
     def __exit__(self, *details):
         self.kill()
@@ -2842,7 +2724,7 @@ class Command(subprocess.Popen):
         self.stdin.flush()
 
     def says(self, text):
-        return any(text in line for line in list(self.err))
+        return any(text in line for line in list(self.said))
 
     def is_over(self):
         return self.poll() is not None
@@ -2904,13 +2786,13 @@ def prints(server, items, *arguments, **options):
         return command.end()
 
 
-def check_commands(**options):
+def check_commands(*words, **options):
     """Let a message go from one command to another, over the server of the environment."""
     def arrives():
-        assert run("publish", "news", "hello", **options) == (0, "", "")
+        assert run("publish", "news", "hello", *words, **options) == (0, "", "")
         return subscribe.is_over()
 
-    with Command("subscribe", "news", "--count", "1", **options) as subscribe:
+    with Command("subscribe", "news", "--count", "1", *words, **options) as subscribe:
         wait_until(arrives)
         assert subscribe.end() == (0, "hello\n", "")
 
@@ -2921,53 +2803,58 @@ def claims_of(token):
 
 # ------------------------------------------------------------------------------------------- client
 
-def test_a_message_goes_from_client_to_client_and_not_back(server):
-    with connect(server, ["a"], ["a"]) as one, connect(server, ["a"]) as two:
-        assert one.publish("a", "hello") is None
-        message = two.receive()
+@pytest.fixture
+def client(server):
+    """A client that may read and write the channel a."""
+    with connect(server, ["a"], ["a"]) as client:
+        yield client
+
+
+def test_a_message_goes_from_client_to_client_and_not_back(server, client):
+    with connect(server, ["a"]) as other:
+        assert client.publish("a", "hello") is None
+        message = other.receive()
         assert isinstance(message, philote.Message)
         assert (message.channel, message.data) == ("a", "hello")
         assert uuid.UUID(message.issuer).version == 4
-        assert one.receive(timeout=0.05) is None
+        assert client.receive(timeout=0.05) is None
 
 
 @pytest.mark.parametrize("data", [
     "", "two\nlines", "h\u00e9 \u2028", "\U0001f600", "\0", '"\\', "\ud800", "x" * 70000,
     "".join(map(chr, [*range(0xD800), *range(0xE000, 0x18000)]))], ids=short)
-def test_any_text_goes_through(server, data):
-    with connect(server, ["a"]) as reader, connect(server, write=["a"]) as writer:
-        writer.publish("a", data)
-        assert reader.receive(PATIENCE).data == data
+def test_any_text_goes_through(server, client, data):
+    with connect(server, ["a"]) as other:
+        client.publish("a", data)
+        assert other.receive(PATIENCE).data == data
 
 
-def test_receive_waits_for_a_message_as_long_as_it_is_told(server):
-    with connect(server, ["a"]) as reader, connect(server, write=["a"]) as writer:
-        assert reader.receive(0) is reader.receive(0.05) is reader.receive(timeout=0) is None
-        with background(reader.receive) as (received,):
-            assert writer.receive(timeout=0.3) is None  # a while
-            writer.publish("a", "at last")
-        assert received.result().data == "at last"
+def test_receive_waits_for_a_message_as_long_as_it_is_told(client, writer):
+    assert client.receive(0) is client.receive(0.05) is client.receive(timeout=0) is None
+    with background(client.receive) as (received,):
+        with pytest.raises(concurrent.futures.TimeoutError):
+            received.result(0.3)
+        writer.publish("a", "at last")
+    assert received.result().data == "at last"
 
 
-def test_iteration_gives_messages_until_close(server):
+def test_iteration_gives_messages_until_close(client, writer):
     got = []
-    with connect(server, ["a"]) as reader, connect(server, write=["a"]) as writer:
-        with background(lambda: got.extend(iter(reader))) as (iteration,):
-            publish_all(writer, "a", ["one", "two", "three"])
-            wait_until(lambda: len(got) == 3)
-            assert not iteration.done()
-            reader.close()
+    with background(lambda: got.extend(iter(client))) as (iteration,):
+        publish_all(writer, "a", ["one", "two", "three"])
+        wait_until(lambda: len(got) == 3)
+        assert not iteration.done()
+        client.close()
     assert [message.data for message in got] == ["one", "two", "three"]
 
 
-def test_iteration_may_be_left_and_gives_after_close_what_came_before(server):
-    with connect(server, ["a"]) as reader, connect(server, write=["a"]) as writer:
-        publish_all(writer, "a", "1234")
-        assert (next(iter(reader)).data, next(iter(reader)).data) == ("1", "2")
-        assert reader.receive(PATIENCE).data == "3"
-        wait_until(lambda: totals(server)["delivered"] == 4)
-        reader.close()
-        assert [message.data for message in reader] == ["4"]
+def test_iteration_may_be_left_and_gives_after_close_what_came_before(server, client, writer):
+    publish_all(writer, "a", "1234")
+    assert (next(iter(client)).data, next(iter(client)).data) == ("1", "2")
+    assert client.receive(PATIENCE).data == "3"
+    wait_until(lambda: totals(server)["delivered"] == 4)
+    client.close()
+    assert [message.data for message in client] == ["4"]
 
 
 def test_a_client_that_ended_says_so_and_leaves_no_thread_and_no_descriptor(server):
@@ -2981,9 +2868,8 @@ def test_a_client_that_ended_says_so_and_leaves_no_thread_and_no_descriptor(serv
         for _ in range(10):
             clients += [connect(server, ["a"]), philote.Client(url)]
             assert close_code(clients[-1].receive, PATIENCE) == 1006
-            with pytest.raises(philote.Unauthorized) as caught:
-                philote.Client(url_of(server), "bad")
-            refused.append(caught)
+            refused.append(
+                pytest.raises(philote.Unauthorized, philote.Client, url_of(server), "bad"))
         for client in clients:
             client.close()
         wait_until(lambda: is_back_at(server, before), f"the footprint {before}")
@@ -3094,22 +2980,20 @@ def test_a_token_that_fits_in_no_header_is_refused(server, token):
 @pytest.mark.parametrize("channel, reason", [
     ("secret", 'may not write the channel "secret"'), ("", "channel must be a string")])
 @pytest.mark.parametrize("call", [
-    philote.Client.receive, lambda client: next(iter(client)), lambda client: pour(client, "b")])
-def test_forbidden_is_raised_once_and_the_connection_stays(server, call, channel, reason):
-    with connect(server, ["a"], ["b"]) as client, connect(server, write=["a"]) as other:
-        client.publish(channel, "x")
-        with pytest.raises(philote.Forbidden, match=reason):
-            call(client)
-        assert client.receive(0.05) is None
-        client.publish("b", "x")
-        other.publish("a", "still connected")
-        assert client.receive(PATIENCE).data == "still connected"
+    philote.Client.receive, lambda client: next(iter(client)), lambda client: pour(client, "a")])
+def test_forbidden_is_raised_once_and_the_connection_stays(client, writer, call, channel, reason):
+    client.publish(channel, "x")
+    with pytest.raises(philote.Forbidden, match=reason):
+        call(client)
+    assert client.receive(0.05) is None
+    client.publish("a", "x")
+    writer.publish("a", "still connected")
+    assert client.receive(PATIENCE).data == "still connected"
 
 
 @pytest.mark.parametrize("by_close", [True, False], ids=["close", "block"])
 def test_forbidden_is_raised_by_the_end_and_the_rest_has_arrived(server, by_close):
-    with pytest.raises(philote.Forbidden, match='"secret"'), \
-            connect(server, write=["a"]) as client:
+    with pytest.raises(philote.Forbidden, match='"secret"'), connect(server, write=["a"]) as client:
         client.publish("secret", "x")
         client.publish("a", "x")
         if by_close:
@@ -3133,16 +3017,13 @@ def test_a_ping_that_crosses_our_close_loses_no_refusal():
 
 # The end of a connection
 
-def test_a_server_that_stops_closes_with_1001_behind_what_came_before():
-    with running() as server:
-        client = connect(server, ["a"], ["a"])
-        with connect(server, write=["a"]) as writer:
-            publish_all(writer, "a", ["one", "two"])
+def test_a_server_that_stops_closes_with_1001_behind_what_came_before(server, client):
+    publish(server, [{"channel": "a", "data": "one"}, {"channel": "a", "data": "two"}])
+    server.stop()
     assert receive_all(client, 2) == ["one", "two"]
     for call in client.receive, lambda: client.publish("a", "x"), lambda: next(iter(client)):
         with pytest.raises(philote.ConnectionClosed, match="1001.*shutting down"):
             call()
-    client.close()
 
 
 @pytest.mark.parametrize("reset", [True, False], ids=["RST", "FIN"])
@@ -3172,12 +3053,6 @@ def test_a_message_up_to_the_limit_goes_both_ways_and_a_larger_one_closes_with_1
             two.receive(PATIENCE)
 
 
-def test_a_token_that_expires_closes_with_4401(server):
-    client = connect(server, ["a"], exp=in_seconds(1))
-    with pytest.raises(philote.ConnectionClosed, match="4401.*token expired"):
-        client.receive(PATIENCE)
-
-
 def test_a_server_that_is_killed_in_the_middle_ends_every_thread_with_1006():
     with serving() as server, connect(server, ["a"], ["b"]) as client, \
             connect(server, ["b"], ["a"]) as other:
@@ -3192,12 +3067,11 @@ def test_a_server_that_is_killed_in_the_middle_ends_every_thread_with_1006():
 @pytest.mark.parametrize("code, read", [(1000, ["a"]), (1001, [])], ids=["close", "stop"])
 def test_the_end_ends_the_publishing_of_every_thread_with_its_code(restless, code, read):
     for _ in range(5):
-        with running() as server, connect(server, read, ["a"]) as one, \
-                connect(server, read, ["a"]) as two:
-            with background(*[lambda: close_code(pour, one, "a"),
-                              lambda: close_code(pour, two, "a")] * 2) as codes:
+        with running() as server, many(2, connect, server, read, ["a"]) as clients:
+            with background(*[partial(close_code, pour, client, "a") for client in clients * 2]
+                            ) as codes:
                 wait_until(lambda: totals(server)["published"] > 100)
-                for end in (one.close, two.close) if code == 1000 else (server.stop,):
+                for end in [client.close for client in clients] if code == 1000 else [server.stop]:
                     end()
             assert results_of(codes) == [code] * 4
 
@@ -3220,14 +3094,13 @@ def test_two_threads_exchange_10000_messages_both_ways_in_order():
 
 @pytest.mark.parametrize("count, sizes", [
     (5, [10, 5_000_000, 100, 70_000, 1000]), (1000, [1, 10, 20, 30])], ids=["large", "small"])
-def test_threads_that_share_a_client_tear_no_frame(restless, count, sizes):
+@with_settings(max_message_size=1 << 26, max_queue_size=1 << 28)
+def test_threads_that_share_a_client_tear_no_frame(restless, server, client, count, sizes):
     expected = {name: [f"{name} {i} " + name * sizes[i % len(sizes)] for i in range(count)]
                 for name in "ABCD"}
-    with running(max_message_size=1 << 26, max_queue_size=1 << 28) as server, \
-            connect(server, ["a"]) as reader, connect(server, write=["a"]) as writer:
-        with background(*[lambda items=items: publish_all(writer, "a", items)
-                          for items in expected.values()]):
-            received = receive_all(reader, 4 * count)
+    with connect(server, ["a"]) as other:
+        with background(*[partial(publish_all, client, "a", items) for items in expected.values()]):
+            received = receive_all(other, 4 * count)
     for name in "ABCD":
         assert [data for data in received if data[0] == name] == expected[name]
 
@@ -3269,9 +3142,9 @@ def test_messages_are_put_together_however_they_come(fragments, step):
         assert receive_all(client, 2) == ["first", "h\u00e9" * 1000]
 
 
-def test_pings_are_answered_by_a_client_that_does_nothing():
-    with running(ping_interval=0.2) as server, connect(server, ["a"]) as client, \
-            connect(server, write=["a"]) as writer:
+@with_settings(ping_interval=0.2)
+def test_pings_are_answered_by_a_client_that_does_nothing(server, client):
+    with connect(server, write=["a"]) as writer:
         before = totals(server)["bytes_received"]
         wait_until(lambda: totals(server)["bytes_received"] >= before + 2 * 5 * len(frame(10)))
         assert subscriber_count(server) == 2
@@ -3370,18 +3243,15 @@ def test_a_server_that_pings_for_ever_does_not_hold_up_close(impatient):
         philote.Client(url).close()
 
 
-def test_a_message_over_the_clients_limit_closes_with_1009(monkeypatch):
-    monkeypatch.setattr(philote.Client, "max_message_size", 1000)
-    with answering(lambda end: end.work(plain(1, stamped("x")), plain(1, "y" * 5000))) as url:
-        with philote.Client(url) as client:
-            assert client.receive(PATIENCE).data == "x"
-            assert close_code(client.receive, PATIENCE) == 1009
-
-
-@pytest.mark.parametrize("sent", ["5", "null", "[]", "{", "[" * 100_000, '"text"'], ids=short)
-def test_what_no_server_sends_closes_the_connection(sent):
-    with answering(lambda end: end.work(plain(1, sent))) as url, philote.Client(url) as client:
-        assert close_code(client.receive, PATIENCE) == 1006
+@pytest.mark.parametrize("sent, code", [
+    *[(sent, 1006) for sent in ("5", "null", "[]", "{", "[" * 100_000, '"text"')],
+    ("y" * 200_000, 1009)], ids=short)
+def test_what_no_server_sends_closes_the_connection(monkeypatch, sent, code):
+    monkeypatch.setattr(philote.Client, "max_message_size", 150_000)
+    with answering(lambda end: end.work(plain(1, stamped("x")), plain(1, sent))) as url, \
+            philote.Client(url) as client:
+        assert client.receive(PATIENCE).data == "x"
+        assert close_code(client.receive, PATIENCE) == code
 
 
 def test_a_reason_cannot_give_orders_to_a_terminal():
@@ -3394,22 +3264,21 @@ def test_a_reason_cannot_give_orders_to_a_terminal():
 
 # ------------------------------------------------------------------------------------- command line
 
-SETTINGS = (
-    "SECRET HOST PORT LOGLEVEL MAX_CONNECTIONS MAX_MESSAGE_SIZE MAX_QUEUE_SIZE MAX_MESSAGE_RATE "
-    "READ_BUFFER_SIZE WRITE_BUFFER_SIZE CHECK_ORIGIN PING_INTERVAL SHUTDOWN_TIMEOUT").split()
 PUBLIC_KEY = "-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----"
 
 
 # Every command
 
 @pytest.mark.parametrize("words, listed", [
-    ([], ["serve", "token", "subscribe", "publish"]), (["serve"], SETTINGS), (["token"], []),
-    (["subscribe"], []), (["publish"], [])], ids=short)
+    ([], ["serve", "token", "subscribe", "publish"]), (["token"], []), (["subscribe"], []),
+    (["publish"], []), (["serve"], [*map(str.upper, vars(philote.Settings()))])], ids=short)
 def test_the_help_shows_an_example_and_lists_what_there_is(words, listed):
     status, out, err = run(*words, "--help", PHILOTE_TOKEN="hush", SECRET="hush")
     assert (status, err) == (0, "") and "hush" not in out
     assert re.search(rf"(?s)\nexample.*:\n.*philote {words[0] if words else 'publish news'}\b", out)
     assert [name for name in listed if not re.search(rf"(?m)^ +{name}( +\w|$)", out)] == []
+    for field in philote.dataclasses.fields(philote.Settings) if words == ["serve"] else ():
+        assert field.metadata["allowed"] in out
 
 
 @pytest.mark.parametrize("line", [
@@ -3446,8 +3315,7 @@ def test_without_the_packages_one_line_says_what_to_install(option):
 @pytest.mark.parametrize("name", ["jwt", "simple_websocket", "wsproto"])
 def test_the_package_that_is_missing_is_named(tmp_path, name):
     (tmp_path / f"{name}.py").write_text(f"raise ModuleNotFoundError('none', name={name!r})")
-    assert "pip install" in fails(
-        "--version", says=f"{name} is missing", PYTHONPATH=str(tmp_path))
+    assert "pip install" in fails("--version", says=f"{name} is missing", PYTHONPATH=str(tmp_path))
 
 
 def test_without_the_packages_importing_raises_importerror():
@@ -3508,7 +3376,7 @@ def test_a_signal_ends_it_with_0_and_the_clients_with_1001(number):
 
 @pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
 @pytest.mark.parametrize("first", [signal.SIGTERM, signal.SIGINT])
-def test_a_second_signal_ends_it_at_once(first, second):
+def test_a_client_that_is_stuck_holds_the_end_up_until_a_second_signal(first, second):
     with serving(SHUTDOWN_TIMEOUT="3600") as server, RawClient(server):  # which answers no close
         server.send_signal(first)
         wait_until(lambda: server.says("shutting down"))
@@ -3518,11 +3386,9 @@ def test_a_second_signal_ends_it_at_once(first, second):
 
 
 def test_a_client_that_is_stuck_holds_the_end_up_for_the_timeout_only():
-    with serving(SHUTDOWN_TIMEOUT="3600") as patient, serving(SHUTDOWN_TIMEOUT="0.3") as hasty, \
-            RawClient(patient), RawClient(hasty):
-        patient.send_signal(signal.SIGTERM)
-        hasty.send_signal(signal.SIGTERM)
-        assert hasty.end()[0] == 0 and not patient.is_over()
+    with serving(SHUTDOWN_TIMEOUT="0.3") as server, RawClient(server):
+        server.send_signal(signal.SIGTERM)
+        assert server.end()[0] == 0
 
 
 def test_it_starts_again_on_the_same_port_at_once():
@@ -3565,10 +3431,8 @@ def test_a_server_without_memory_ends_by_itself_or_when_it_is_told():
     for _ in range(5):
         with serving(["-c", limit], launcher=[sys.executable]) as server:
             with contextlib.suppress(OSError, TypeError, AssertionError), \
-                    contextlib.ExitStack() as stack:
-                for _ in range(30):
-                    client = stack.enter_context(RawClient(server, write=["a"]))
-                    client.send(bomb)
+                    many(30, RawClient, server, write=["a"], rest=bomb):
+                pass
             server.send_signal(signal.SIGTERM)
             server.wait(20)
 
@@ -3638,13 +3502,13 @@ def test_check_reads_a_token_from_standard_input(input):
 
 # philote subscribe
 
-def test_subscribe_prints_each_message_as_it_comes(server):
-    with subscribing(server, "a") as command, connect(server, write=["a"]) as writer:
+def test_subscribe_prints_each_message_as_it_comes(server, writer):
+    with subscribing(server, "a") as command:
         for i, data in enumerate(["one", "", "h\u00e9 \U0001f600"]):
             writer.publish("a", data)
             wait_until(lambda: command.out[i:] == [data + "\n"], "a line that is flushed")
         assert not command.is_over() and command.err == []
-        assert command.connected == [f"philote: connected to {url_of(server)}, following a\n"]
+        assert command.said == [f"philote: connected to {url_of(server)}, following a\n"]
 
 
 def test_subscribe_prints_json(server):
@@ -3699,7 +3563,8 @@ def test_subscribe_waits_for_a_server_with_growing_pauses_and_comes_back():
     (lambda end: end.upgrade + plain(8, 1000), "closed with 1000"),
     (lambda end: end.upgrade + plain(8, 1012), "closed with 1012"),
     (lambda end: b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", "502"),
-    (lambda end: b"HTTP/1.1 503 Service Unavailable\r\nContent-Length: 0\r\n\r\n", "503")])
+    (lambda end: b'HTTP/1.1 503 Full\r\nContent-Length: 24\r\n\r\n{"reason": "it is full"}',
+     "it is full (HTTP 503); trying again")])
 def test_subscribe_comes_back_whatever_the_server_ends_with_and_says_so(answer, reason):
     with answering(lambda end: end.send(answer(end)),
                    lambda end: end.work(plain(1, stamped("here")))) as url:
@@ -3708,42 +3573,30 @@ def test_subscribe_comes_back_whatever_the_server_ends_with_and_says_so(answer, 
     assert reason in err and "trying again" in err
 
 
-def test_subscribe_comes_back_where_the_server_is_full_for_a_while():
-    with running(max_connections=1) as server, connect(server) as guest, \
-            Command("subscribe", "a", **at(server)) as command:
-        wait_until(lambda: command.says("connections are taken (HTTP 503); trying again"))
-        guest.close()
-        wait_until(lambda: channel_count(server) == 1)
-
-
 def test_subscribe_ends_with_1_when_its_token_has_expired(server):
     with subscribing(server, "a", "--token", make_token(["a"], exp=in_seconds(2))) as command:
-        assert command.end()[:2] == (1, "")
-        assert command.says("4401") and not command.says("Traceback")
-        assert "401" in command.err[-1] and "expired" in command.err[-1]
+        status, out, err = command.end()
+    assert (status, out) == (1, "") and "Traceback" not in err
+    assert re.search(r"4401: token expired; trying .*\n.*expired \(HTTP 401\)\n$", err)
 
 
-def test_subscribe_ends_with_0_on_sigint(server):
-    with subscribing(server, "a") as command:
+@pytest.mark.parametrize("is_there", [True, False], ids=["connected", "in a pause"])
+def test_subscribe_ends_with_0_on_sigint(server, is_there):
+    url = url_of(server) if is_there else free_url()
+    with Command("subscribe", "a", "--url", url, "--token", GOOD) as command:
+        wait_until(lambda: command.says("connected" if is_there else "again in 1 seconds"))
         command.send_signal(signal.SIGINT)
-        assert command.end() == (0, "", "")
-
-
-def test_subscribe_ends_with_0_on_sigint_while_it_pauses():
-    with Command("subscribe", "a", "--url", free_url()) as command:
-        wait_until(lambda: command.says("again in 1 seconds"))
-        command.send_signal(signal.SIGINT)
-        assert command.end()[0] == 0 and not command.says("Traceback")
+        status, out, err = command.end()
+    assert (status, out, err == "") == (0, "", is_there) and "Traceback" not in err
 
 
 @pytest.mark.parametrize("open_output, status, reason", [
     (lambda: socket.socketpair()[0], 0, ""),  # whose other end is closed at once
     pytest.param(lambda: open("/dev/full", "w"), 1, "No space left", marks=pytest.mark.skipif(
         not os.path.exists("/dev/full"), reason="no /dev/full here"))])
-def test_commands_end_when_nobody_takes_their_output(server, open_output, status, reason):
+def test_commands_end_when_nobody_takes_their_output(server, writer, open_output, status, reason):
     with open_output() as output, Command("token", "--read", "a", stdout=output) as token, \
-            subscribing(server, "a", stdout=output) as subscribe, \
-            connect(server, write=["a"]) as writer:
+            subscribing(server, "a", stdout=output) as subscribe:
         writer.publish("a", "x")
         for command in token, subscribe:
             done = command.end()
@@ -3779,11 +3632,11 @@ def test_publish_sends_a_line_before_the_next_comes_and_ends_with_0(server, fini
         assert command.end() == (0, "", "")
 
 
-@pytest.mark.parametrize("rate, count", [(0, 5000), (5, 30)], ids=["many", "slowly"])
-def test_publish_returns_once_the_server_has_it_all(rate, count):
-    with running(max_message_rate=rate) as server:
-        assert run("publish", "a", input="x\n" * count, **at(server)) == (0, "", "")
-        assert totals(server)["published"] == count
+@pytest.mark.parametrize("server, count", [({}, 5000), ({"max_message_rate": 5}, 30)],
+                         ids=["many", "slowly"], indirect=["server"])
+def test_publish_returns_once_the_server_has_it_all(server, count):
+    assert run("publish", "a", input="x\n" * count, **at(server)) == (0, "", "")
+    assert totals(server)["published"] == count
 
 
 @pytest.mark.parametrize("line, input, token, reason", [
@@ -3836,18 +3689,14 @@ def test_one_sigint_ends_publish_where_the_server_reads_nothing():
     ([], {"PHILOTE_URL": "URL", "SECRET": "SECRET"}),
 ], ids=["options", "environment", "url first", "token first", "token before secret", "secret"])
 def test_server_and_token_come_from_options_or_the_environment(server, words, environ):
-    values = {"URL": url_of(server), "TOKEN": make_token(["a"], ["a"]), "SECRET": SECRET}
-    words = [values.get(word, word) for word in words]
-    environ = {name: values.get(value, value) for name, value in environ.items()}
-    with Command("subscribe", "a", "--count", "1", *words, **environ) as command:
-        wait_until(lambda: channel_count(server) == 1 or command.is_over())
-        assert run("publish", "a", "hello", *words, **environ) == (0, "", "")
-        assert command.end() == (0, "hello\n", "")
+    values = {"URL": url_of(server), "TOKEN": make_token(["news"], ["news"]), "SECRET": SECRET}
+    check_commands(*[values.get(word, word) for word in words],
+                   **{name: values.get(value, value) for name, value in environ.items()})
 
 
-def test_an_open_server_on_this_machine_needs_no_token():
-    with running(secret="") as server:
-        check_commands(PHILOTE_URL=url_of(server))
+@with_settings(secret="")
+def test_an_open_server_on_this_machine_needs_no_token(server):
+    check_commands(PHILOTE_URL=url_of(server))
 
 
 @pytest.mark.parametrize("line, expected", [
@@ -3885,27 +3734,21 @@ def test_the_commands_speak_tls(server, certificate):
 # The three forms: the file, the installed command, and the zipapp
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory):
-    """A directory with what the README's line builds: the packages, installed, and the zipapp."""
-    path = tmp_path_factory.mktemp("built")
+def forms(tmp_path_factory):
+    """How to run each form: what the README's line builds, and the file, by itself."""
+    built, alone = tmp_path_factory.mktemp("built"), tmp_path_factory.mktemp("alone")
     for name in ("philote.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(HERE / name, path)
-    line = re.search("(?m)^python3 -m pip install .* zipapp .*$", (path / "README.md").read_text())
+        shutil.copy(HERE / name, built)
+    shutil.copy(HERE / "philote.py", alone)
+    line = re.search("(?m)^python3 -m pip install .* zipapp .*$", (built / "README.md").read_text())
     done = subprocess.run(line[0].replace("python3 -m", sys.executable + " -m"), shell=True,
-                          cwd=path, capture_output=True, text=True, timeout=300)
+                          cwd=built, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    return path
-
-
-@pytest.fixture
-def forms(built, tmp_path):
-    """How to run each form in a directory that holds the file only."""
-    shutil.copy(HERE / "philote.py", tmp_path)
     (script,) = built.glob("*/bin/philote")
-    return {"file": {"cwd": tmp_path},
-            "installed": {"cwd": tmp_path, "launcher": (sys.executable, "-S", str(script)),
+    return {"file": {"cwd": alone},
+            "installed": {"cwd": alone, "launcher": (sys.executable, "-S", str(script)),
                           "PYTHONPATH": str(script.parent.parent)},
-            "zipapp": {"cwd": tmp_path, "launcher": (  # on a Python that has no packages
+            "zipapp": {"cwd": alone, "launcher": (  # on a Python that has no packages
                 sys.executable, "-S", "-E", "-I", str(built / "philote.pyz"))}}
 
 
