@@ -3437,10 +3437,11 @@ class Client:
     def close(self) -> None:
         """End the connection, once the server has read all that was published."""
         self._wait_while(lambda: bool(self._unanswered()) and not self._end)
+        end = self._end
         self._close()
         self._raise_refusal()
         if count := self._unanswered():
-            raise ConnectionClosed(1006, f"{count} messages were not acknowledged" if count > 1 else
+            raise end or ConnectionClosed(1006, f"{count} messages were not acknowledged" if count > 1 else
                                    "1 message was not acknowledged")
         if not self._outcome_known:
             self._raise_end()
