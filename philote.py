@@ -6,7 +6,7 @@
 """Philote: a WebSocket publish/subscribe server in one file.
 
     python philote.py            # serves ws://localhost:6380
-    python philote.py --help     # the other commands: token, subscribe, publish
+    python philote.py --help     # the other commands: token, subscribe, history, publish
 
 A client connects with a JSON Web Token that lists the channels it may read and write. What one
 connection writes to a channel, every other connection that may read it receives:
@@ -16,18 +16,23 @@ connection writes to a channel, every other connection that may read it receives
                          "channel":"news","data":"hello"}
     server -> client    {"error": "forbidden", "reason": "..."}    where it may not write there
 
+A client that asks for it gets ids, which are positions in the server's log of all messages; one
+that comes back with its position first gets all that it missed.
+
 The way of a message. One thread walks all of it, that of the publisher's connection; nobody hands
 over to anybody. The sections of this file stand in the order of this way:
 
     Transport.receive -> read_frames -> WebSocket.receive (JSON, the token's rights)
-        -> Batch -> Channels.deliver -> Connection.put of each subscriber -> Connection.flush
+        -> Batch -> Log.append (id, History) -> Connection.put of each subscriber
+        -> Connection.flush
 
 The threads, and what each may wait for:
 
     accept      Server.serve_forever. Waits for newcomers only; starts a thread for each.
     connection  Server.run_connection. Waits for its own peer's bytes, and where a limit makes the
-                peer wait (Connection.pause). Never waits for another peer: it writes to the
-                sockets of all subscribers, but only what they take at once.
+                peer wait (Connection.pause), and for room for what it sends him of the past
+                (Connection.catch_up). Never waits for another peer: it writes to the sockets of
+                all subscribers, but only what they take at once.
     poller      Poller.run. Waits for sockets that were full and for points in time, for all
                 connections together.
     main        `philote serve` waits for a signal there, then calls Server.stop.
@@ -37,7 +42,8 @@ The locks, in the order in which they may be taken while another is held:
 
     Server.turn      held by a thread that works on much input, see WebSocket.read_messages
     Admission.lock   which connections there are, how many, what the gone ones counted
-    Channels.lock    who has joined what; the order of all messages. No system call is made under it
+    Log.lock         the order of all messages, their history, who has joined what. No system call
+                     is made under it
     Connection.lock  a connection's state, its queue, each write to its socket, and its close
     Poller.lock      what the poller is to do next
     Metrics.lock, LogLimit.lock  a few counters; nothing else is taken under them
@@ -47,15 +53,17 @@ the one place where it changes.
 
 What the server promises, and where each promise is kept:
 
-    one order       A message enters the queues of all its subscribers under Channels.lock
-                    (Channels.deliver), and a queue is written first in, first out.
+    one order       A message gets its id and enters the queues of all its subscribers under
+                    Log.lock (Log.append), and a queue is written first in, first out.
     all, or         A queue over its limit ends its connection (Connection.flush, Subscriber.
-    disconnected    on_overflow): nobody stays connected who missed a message.
+    disconnected    on_overflow): nobody stays connected who missed a message. Who comes back joins
+                    under the same lock behind the last message of the past (Log.replay).
     nobody waits    A publisher writes to a socket only what that takes at once (Transport.send);
     for another     the rest is the poller's work (Connection.resume).
 
-Left out on purpose: storage and replay of messages, TLS (a proxy does that), compression (it would
-cost each connection some 300 KB and each message its shared frame), clusters of servers, Windows.
+Left out on purpose: messages that outlive the process, TLS (a proxy does that), compression (it
+would cost each connection some 300 KB and each message its shared frame), clusters of servers,
+Windows.
 """
 
 from __future__ import annotations
@@ -117,10 +125,10 @@ except ImportError as missing:
     sys.exit(
         f"philote: {missing.name} is missing; install it with: pip install simple-websocket PyJWT")
 
-__version__ = "1.1.0"
+__version__ = "1.2.0"
 __all__ = [
-    "AccessKey", "Client", "ConnectionClosed", "Forbidden", "Message", "PhiloteError", "Server",
-    "Settings", "SettingsError", "Unauthorized", "new_token",
+    "AccessKey", "Client", "ConnectionClosed", "Forbidden", "Gap", "Message", "PhiloteError",
+    "Server", "Settings", "SettingsError", "Unauthorized", "new_token",
 ]
 
 log = logging.getLogger("philote")
@@ -3441,8 +3449,8 @@ class Client:
         self._close()
         self._raise_refusal()
         if count := self._unanswered():
-            raise end or ConnectionClosed(1006, f"{count} messages were not acknowledged" if count > 1 else
-                                   "1 message was not acknowledged")
+            lost = "1 message was" if count == 1 else f"{count} messages were"
+            raise end or ConnectionClosed(1006, lost + " not acknowledged")
         if not self._outcome_known:
             self._raise_end()
 
@@ -4268,15 +4276,15 @@ def _history(arguments: argparse.Namespace) -> int:
              *(("since", value) for value in [arguments.since] if value),
              *(("last", str(value)) for value in [arguments.last] if value is not None)]
     while True:
-        connection.request("GET", "/api/history?" + urllib.parse.urlencode(asked), headers={
-            "Authorization": "Bearer " + _token_for(arguments, arguments.channels)})
-        response = connection.getresponse()
         try:
+            connection.request("GET", "/api/history?" + urllib.parse.urlencode(asked), headers={
+                "Authorization": "Bearer " + _token_for(arguments, arguments.channels)})
+            response = connection.getresponse()
             value = json.loads(response.read())
             if response.status != 200:
                 raise _explain(Unauthorized(response.status, str(value["reason"])), arguments)
             messages, position, complete = value["messages"], value["id"], value["complete"]
-        except (ValueError, LookupError, TypeError):
+        except (http.client.HTTPException, ValueError, LookupError, TypeError):
             raise PhiloteError("this is no Philote server that keeps messages") from None
         if not complete:
             _tell(str(Gap()))

@@ -4466,6 +4466,78 @@ def test_subscribe_ends_with_1_when_its_token_has_expired(server):
     assert err == "philote: connection closed with 4401: token expired\n"
 
 
+def test_subscribe_begins_where_it_is_told_to(server):
+    ids = publish_to(server, "abab", sub="me")
+    for words, expected in ((["a", "b", "--since", ids[1]], "2\n3\n"),
+                            (["*", "--last", "1"], "2\n3\n"),
+                            (["b", "--since", ids[0], "--last", "1"], "1\n3\n")):
+        assert run("subscribe", *words, "--count", "2", **at(server))[:2] == (0, expected)
+    status, out, err = run(
+        "subscribe", "a", "--since", "1-0", "--last", "1", "--count", "1", "--json", **at(server))
+    assert status == 0 and err == "philote: messages may be missing here\n"
+    assert json.loads(out).items() >= {"id": ids[2], "user": "me", "data": 2}.items()
+    for words in (["a", "--since", "x"], ["a", "--last", "-1"]):
+        assert "(HTTP 400)" in fails("subscribe", *words, **at(server))
+    fails("subscribe", "secret", "--token", GOOD, says='"secret"', **at(server))
+
+
+def test_subscribe_resumes_where_it_was_cut(server, proxy):
+    with Command("subscribe", "a", "--url", proxy.url, SECRET=SECRET) as command:
+        wait_until(lambda: command.says("following a"))
+        for i in range(3):
+            publish_to(server, "a", i)
+            proxy.cut()
+        wait_until(lambda: command.out == ["0\n", "1\n", "2\n"])
+        command.send_signal(signal.SIGINT)
+        assert command.end()[0] == 0
+
+
+def test_history_prints_what_is_kept():
+    with running(max_queue_size=2000, history_size=30_000) as server:
+        ids = publish_to(server, "abab" + "c" * 60)
+        for words, expected in ((["a"], "0\n2\n"), (["a", "b", "--last", "1"], "2\n3\n"),
+                                (["a", "--since", ids[0]], "2\n"), (["none"], ""),
+                                (["c", "--since", "1h"], "".join(f"{i}\n" for i in range(4, 64)))):
+            assert run("history", *words, **at(server))[:2] == (0, expected), words
+        out = run("history", "a", "--last", "1", "--json", **at(server))[1]
+        assert json.loads(out)["id"] == ids[2]
+        assert run("history", "a", "--since", "1-0", **at(server)) == (
+            0, "", "philote: messages may be missing here\n")
+        fails("history", "secret", "--token", GOOD, says='"secret"', **at(server))
+        fails("history", "a", "--since", "x", says="(HTTP 400)", **at(server))
+    fails("history", "a", "--url", free_url(), says="refused")
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        def answer():
+            with listener.accept()[0] as sock:
+                sock.recv(10_000)
+                sock.sendall(b"SSH-2.0-something\r\n")
+
+        with background(answer):
+            url = f"ws://127.0.0.1:{listener.getsockname()[1]}"
+            fails("history", "a", "--url", url, says="this is no Philote server")
+
+
+def test_publish_brings_each_line_once_whatever_becomes_of_its_connection(server, proxy):
+    with philote.Client(url_of(server), GOOD) as reader, \
+            Command("publish", "a", "--url", proxy.url, SECRET=SECRET) as command:
+        for begin in range(0, 3000, 300):
+            command.say("".join(f"{i}\n" for i in range(begin, begin + 300)))
+            if begin % 900 == 0:
+                wait_until(lambda: totals(server)["published"] >= begin)
+                proxy.cut()
+        command.stdin.close()
+        assert receive_until(reader, 3000) == ([*map(str, range(3000))], 0)
+        wait_until(command.is_over)
+        assert command.returncode == 0 and reader.receive(0.1) is None
+
+
+def test_a_token_names_its_user():
+    token = run("token", "--write", "a", "--user", "caf\u00e9", SECRET=SECRET)[1].strip()
+    assert claims_of(token)["sub"] == "caf\u00e9"
+    assert "user: caf\u00e9" in run("token", "--check", token, SECRET=SECRET, PYTHONUTF8="1")[1]
+    assert claims_of(philote.new_token(SECRET, user="me"))["sub"] == "me"
+
+
 @pytest.mark.parametrize("is_there", [True, False], ids=["connected", "in a pause"])
 def test_subscribe_ends_with_0_on_sigint(server, is_there):
     url = url_of(server) if is_there else free_url()
