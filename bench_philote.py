@@ -59,6 +59,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
@@ -79,7 +80,7 @@ class Load:
     title: str
     most: int                  # messages of each publisher, or connections
     least: int = 0             # messages of each publisher
-    kind: str = "messages"     # or "connections", or "memory"
+    kind: str = "messages"     # or "connections", "memory", or "return"
     publishers: int = 1
     subscribers: int = 1
     stalled: int = 0           # subscribers that never read, beside the others
@@ -94,6 +95,8 @@ class Load:
             return "KiB per connection; less is better"
         if self.kind == "connections":
             return "connections/s"
+        if self.kind == "return":
+            return "messages/s; p50 and p99 of one that was never away"
         unit = "deliveries/s" if self.subscribers > 1 else "messages/s"
         return unit + ("; the ratio is of p50, less is better" if self.figure == "p50" else "")
 
@@ -109,6 +112,8 @@ LOADS = {load.name: load for load in (
     # At least 8 MiB: more than the kernel buffers for the one that never reads (tcp(7), tcp_wmem).
     Load("stalled", "1 -> 49 and one that never reads", 12_000, 4_000, subscribers=49, stalled=1,
          window=8, size=2048),
+    Load("return", "200 come back, 10,000 messages behind", 10_000, kind="return",
+         subscribers=200),
     Load("connect", "connections accepted", 8_000, kind="connections"),
     Load("idle-1000", "1,000 idle connections", 1_000, kind="memory", figure="kib"),
     Load("idle-10000", "10,000 idle connections", 10_000, kind="memory", figure="kib"),
@@ -143,9 +148,10 @@ def encode_token(secret: str, read: list[str], write: list[str]) -> str:
     return (signed + b"." + base64url(signature)).decode()
 
 
-def encode_upgrade(port: int, token: str) -> bytes:
+def encode_upgrade(port: int, token: str, query: str = "") -> bytes:
     """Build the opening handshake that presents the token; no extension is offered."""
-    return (f"GET /?auth={token} HTTP/1.1\r\nHost: localhost:{port}\r\nUpgrade: websocket\r\n"
+    return (f"GET /?auth={token}{query} HTTP/1.1\r\nHost: localhost:{port}\r\n"
+            "Upgrade: websocket\r\n"
             f"Connection: Upgrade\r\nSec-WebSocket-Key: {_KEY}\r\nSec-WebSocket-Version: 13\r\n"
             "\r\n").encode()
 
@@ -220,15 +226,15 @@ def start_handshake(port: int, request: bytes, receive_buffer: int = 0) -> socke
 def finish_handshake(sock: socket.socket) -> socket.socket:
     """Read the reply and make the socket non-blocking. Raises LoadFailed unless it is a 101."""
     head = b""
-    while b"\r\n\r\n" not in head:
-        data = sock.recv(4096)
+    while not head.endswith(b"\r\n\r\n"):  # what is behind it is a message, and left there
+        seen = sock.recv(4096, socket.MSG_PEEK)
+        end = (head[-3:] + seen).find(b"\r\n\r\n") + 4 - len(head[-3:])
+        data = sock.recv(end if end >= 4 - len(head[-3:]) else len(seen)) if seen else b""
         if not data:
             raise LoadFailed("the server closed a connection during the handshake")
         head += data
     if not head.startswith(b"HTTP/1.1 101") or _ACCEPT not in head:
         raise LoadFailed(f"a handshake was refused: {head.splitlines()[0].decode('latin-1')}")
-    if not head.endswith(b"\r\n\r\n"):
-        raise LoadFailed("the server sent data that nobody asked for behind its handshake")
     sock.setblocking(False)
     return sock
 
@@ -556,10 +562,11 @@ class Meter:
                 "cpu_us": None if spent is None else spent * 1e6 / max(events, 1)}
 
 
-def upgrades(port: int, secret: str, count: int, may: str = "read") -> list[bytes]:
+def upgrades(port: int, secret: str, count: int, may: str = "read",
+             query: str = "") -> list[bytes]:
     """Build the handshakes of that many clients that may read, or write, the channel."""
     read, write = ([CHANNEL], []) if may == "read" else ([], [CHANNEL])
-    return [encode_upgrade(port, encode_token(secret, read, write)) for _ in range(count)]
+    return [encode_upgrade(port, encode_token(secret, read, write), query) for _ in range(count)]
 
 
 def load_messages(load: Load, port: int, pid: int, secret: str, seconds: float) -> dict[str, Any]:
@@ -647,6 +654,89 @@ def load_memory(load: Load, port: int, pid: int, secret: str, seconds: float) ->
     return result
 
 
+def read_frames(sock: socket.socket, count: int, seconds: float = STUCK) -> bytes:
+    """Read so many whole frames. Raises LoadFailed where they do not come."""
+    data, at = b"", 0
+    sock.settimeout(seconds)
+    try:
+        while count:
+            head = decode_head(data, at)
+            if head and head[2] <= len(data):
+                at, count = head[2], count - 1
+            elif more := sock.recv(1 << 20):
+                data += more
+            else:
+                raise LoadFailed("the server closed a connection")
+    except socket.timeout:
+        raise LoadFailed("this server sends nothing of the past") from None
+    return data
+
+
+def load_return(load: Load, port: int, pid: int, secret: str, seconds: float) -> dict[str, Any]:
+    """Let subscribers come back at once and read what they missed, beside one that stayed.
+
+    What comes back must be, byte for byte, what the one that stayed was sent.
+    """
+    stayed, = connect_all(port, upgrades(port, secret, 1, query="&since=now"))
+    begin = read_frames(stayed, 1)
+    position = json.loads(begin[2 if begin[1] < 126 else 4:])["connected"]["id"]
+    publisher, = connect_all(port, upgrades(port, secret, 1, "write"))
+    one = dataclasses.replace(load, publishers=1)
+    messages = encode_messages(one, 0, load.most + 10_000)
+    size = len(messages) // (load.most + 10_000)
+    publisher.settimeout(None)
+    sender = threading.Thread(target=publisher.sendall, args=(messages[:size * load.most],))
+    sender.start()
+    missed = read_frames(stayed, load.most)
+    sender.join()
+    requests = upgrades(port, secret, load.subscribers, query=f"&since={position}")
+    meter, latencies = Meter(pid), []
+    over = threading.Event()
+
+    def stay() -> None:
+        for number in itertools.count(load.most):
+            start = time.perf_counter()
+            publisher.sendall(messages[size * number:size * (number + 1)])
+            read_frames(stayed, 1)
+            latencies.append(time.perf_counter() - start)
+            if over.wait(0.01):
+                return
+
+    staying = threading.Thread(target=stay)
+    staying.start()
+    try:
+        returned = connect_all(port, requests)
+        poller, wait = open_poller()
+        at = {sock.fileno(): -1 for sock in returned}  # bytes of what it missed; -1: none yet
+        by_number = {sock.fileno(): sock for sock in returned}
+        for number, sock in by_number.items():
+            sock.setblocking(False)
+            poller.register(number, READ)
+        while by_number:
+            ready = wait(STUCK)
+            if not ready:
+                raise LoadFailed("this server sends nothing of the past")
+            for number, _ in ready:
+                data = by_number[number].recv(1 << 20)
+                if at[number] < 0:
+                    data, at[number] = data[decode_head(data, 0)[2]:], 0
+                part = missed[at[number]:at[number] + len(data)]
+                if data[:len(part)] != part:
+                    raise LoadFailed("what came back is not what was missed")
+                at[number] += len(part)
+                if at[number] == len(missed):
+                    poller.unregister(number)
+                    del by_number[number]
+        result: dict[str, Any] = meter.read(load.most * load.subscribers)
+    finally:
+        over.set()
+        staying.join()
+    result.update(latencies_ms(latencies))
+    result["note"] = f"all caught up within {result['seconds']:.1f} s"
+    close_all([stayed, publisher, *returned])
+    return result
+
+
 def settled_kib(pid: int) -> int | None:
     """Return the resident memory as soon as it stays within 1 % for a while, or after 3 s."""
     last = None
@@ -668,7 +758,8 @@ def fitting(connections: int) -> int:
 def run_load(name: str, port: str, pid: str, seconds: str) -> int:
     """Make one load and print its result, or why it failed, as one line of JSON."""
     load = LOADS[name]
-    work = {"messages": load_messages, "connections": load_connections, "memory": load_memory}
+    work = {"messages": load_messages, "connections": load_connections, "memory": load_memory,
+            "return": load_return}
     try:
         result = work[load.kind](load, int(port), int(pid), os.environ["SECRET"], float(seconds))
     except LoadFailed as error:

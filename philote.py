@@ -2643,7 +2643,7 @@ def check_local(request: Request) -> None:
 def find_subscription(kind: Any, handler: HTTPHandler, request: Request) -> Subscription:
     """Take from the query which channels a client asks for, and of what time."""
     key, given = request.key, request.query
-    names = Names(given.get("channel", key.read))
+    names = Names(given["channel"]) if "channel" in given else key.read
     for name in sorted(names):
         if not name or not key.may_read(name):
             raise HTTPError(403, f"the token may not read the channel {_shown(name)}")
