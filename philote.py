@@ -859,7 +859,8 @@ class Connection:
 
     def put(self, data: bytes) -> None:
         """Queue data; it is written by the next flush()."""
-        self.pending.append(data)
+        if data:
+            self.pending.append(data)
 
     def flush(self) -> None:
         """Write what the socket takes without waiting."""
@@ -994,7 +995,7 @@ class Connection:
                 self.flush()
                 if not self.size and not self.pending:
                     return True
-                self.written.wait(0.25)
+                self.written.wait(0.25 if self.full else 0.001)  # another thread is writing
         return False
 
     @contextlib.contextmanager
@@ -1331,6 +1332,8 @@ _SCAN = 2000  # messages that are looked at while the lock is held
 _PIECE = 32768  # bytes of messages that are sent at a time to one who catches up
 _LAST_PIECE = 64  # messages that may be encoded under the lock
 _KEPT_OVERHEAD = 150  # bytes that Python takes to keep a message, beside its JSON
+_CHANNEL_OVERHEAD = 900  # and to keep the ids of a channel, beside its name
+_MAX_PATTERN_SIZE = 256  # characters: each size that anybody joined is looked for at each message
 
 
 def encode_id(position: int) -> str:
@@ -1393,11 +1396,13 @@ class Encoder(NamedTuple):
     with_ids: bool  # whether it tells ids and users
 
 
-def check_count(count: int, settings: Settings) -> None:
-    """Refuse more subscriptions of one connection than are allowed."""
-    if count > settings.max_subscriptions:
+def check_subscriptions(names: Names, settings: Settings) -> None:
+    """Refuse more subscriptions of one connection than are allowed, or patterns too long."""
+    if len(names) > settings.max_subscriptions:
         raise Refused(f"a connection may have {settings.max_subscriptions} subscriptions, not "
-                      f"{count} (MAX_SUBSCRIPTIONS)", "too_many")
+                      f"{len(names)} (MAX_SUBSCRIPTIONS)", "too_many")
+    if any(len(prefix) > _MAX_PATTERN_SIZE for prefix in names.prefixes):
+        raise Refused(f"a pattern may have {_MAX_PATTERN_SIZE} characters")
 
 
 class History:
@@ -1413,15 +1418,19 @@ class History:
         self.names: list[str] = []
         self.payloads: list[bytes] = []
         self.start = 0
-        self.by_name: dict[str, collections.deque[int]] = {}  # the ids of a channel
+        # By channel: its name, which is held once, and the ids of its messages.
+        self.by_name: dict[str, tuple[str, collections.deque[int]]] = {}
+        self.piece = min(_PIECE, settings.max_queue_size >> 1)
 
     def __len__(self) -> int:
         return len(self.ids) - self.start
 
     def append(self, first: int, name: str, payloads: Sequence[bytes]) -> None:
         """Keep messages with consecutive ids."""
-        if (kept := self.by_name.get(name)) is None:
-            kept = self.by_name[name] = collections.deque()
+        if name not in self.by_name:
+            self.by_name[name] = name, collections.deque()
+            self.size += sys.getsizeof(name) + _CHANNEL_OVERHEAD
+        name, kept = self.by_name[name]
         position = first
         for payload in payloads:
             self.ids.append(position)
@@ -1437,29 +1446,38 @@ class History:
         """Forget what is too old or too much."""
         ids, names, payloads, at, oldest = (
             self.ids, self.names, self.payloads, self.start, now - self.time)
-        while at < len(ids) and (self.size > self.limit or ids[at] < oldest):
+        most = at + _SCAN  # at a time; the others go with the next messages
+        while at < len(ids) and (self.size > self.limit or ids[at] < oldest and at < most):
             self.size -= len(payloads[at]) + _KEPT_OVERHEAD
-            kept = self.by_name[names[at]]
+            name, kept = self.by_name[names[at]]
             self.floor = kept.popleft()
             if not kept:
-                del self.by_name[names[at]]
-            payloads[at] = b""
+                del self.by_name[name]
+                self.size -= sys.getsizeof(name) + _CHANNEL_OVERHEAD
+            names[at], payloads[at] = "", b""
             at += 1
         self.start = at
         if at > 1000 and at > len(ids) >> 1:
             del ids[:at], names[:at], payloads[:at]
             self.start = 0
 
-    def behind(self, position: int, names: Names) -> tuple[list[Entry], int]:
-        """Read a piece of what lies behind an id; returns it, and how far that is."""
+    def behind(self, position: int, names: Names, live: Names, begun: int,
+               ) -> tuple[list[Entry], int]:
+        """Read a piece of what lies behind an id; returns it, and how far that is.
+
+        What was published since `begun` is left out where it is among `live`, which the subscriber
+        has had since then.
+        """
+        kept, prefixes = self.names, names.prefixes
         begin = bisect.bisect_right(self.ids, position, self.start)
-        end, kept, prefixes = min(begin + _SCAN, len(self.ids)), self.names, names.prefixes
+        end = min(begin + _SCAN // (1 + len(prefixes) // 10) + 1, len(self.ids))
         entries, size = [], 0
         for at in range(begin, end):
-            if kept[at] in names or prefixes and kept[at].startswith(prefixes):
+            if (kept[at] in names or prefixes and kept[at].startswith(prefixes)) and not (
+                    live and self.ids[at] > begun and live.cover(kept[at])):
                 entries.append((self.ids[at], self.payloads[at]))
                 size += len(self.payloads[at])
-                if size >= _PIECE:
+                if size >= self.piece:
                     end = at + 1
                     break
         return entries, self.ids[end - 1] if end > begin else position
@@ -1475,17 +1493,16 @@ class History:
             at = bisect.bisect_left(self.ids, position, self.start)
             entries.append((position, self.payloads[at]))
             size += len(self.payloads[at])
-            if size >= _PIECE:
+            if size >= self.piece:
                 break
         return entries
 
-    def last(self, count: int, names: Names) -> list[int]:
+    def last(self, count: int, names: Iterable[str]) -> list[int]:
         """List the ids of the last messages of each channel."""
         found: list[int] = []
-        for name in [*self.by_name] if names.prefixes else names & self.by_name.keys():
-            if count and names.cover(name):
-                kept = self.by_name[name]
-                found += itertools.islice(reversed(kept), count)
+        for name in names if count else ():
+            if name in self.by_name:
+                found += itertools.islice(reversed(self.by_name[name][1]), count)
         return sorted(found)
 
 
@@ -1535,15 +1552,15 @@ class Log:
                 touched.update(group)
         return first, receivers
 
-    def replay(self, subscriber: Subscriber, names: Names, past: Past,
+    def replay(self, subscriber: Subscriber, names: Names, past: Past, live: Names,
                before: Callable[[int, bool], bytes], after: Callable[[int, bool], bytes],
                ) -> Iterator[None]:
         """Queue what was asked for of the past, piece by piece, then let a subscriber join.
 
         What is published until then is part of it: nothing falls between. At each yield the caller
         waits until the queue is empty; no lock is held then, so who reads slowly holds up nobody.
-        `before` and `after` make what is queued in front and behind, of the position that it stands
-        for, and whether nothing is missing there.
+        `live` is what the subscriber has joined before. `before` and `after` make what is queued in
+        front and behind, of the position that it stands for, and whether nothing is missing there.
         """
         connection = subscriber.connection
 
@@ -1557,7 +1574,8 @@ class Log:
             self.gaps += 1
             connection.put(subscriber.encode_gap(position))
 
-        walk = self._walk(names, past, begin, tell_gap)
+        walk = self._walk(names, past, live, begin, tell_gap)
+        next(walk)
         while True:
             with self.lock:
                 entries, position, complete, at_end = next(walk)
@@ -1575,7 +1593,8 @@ class Log:
         Returns them, the id up to which they are complete, and whether nothing is missing.
         """
         found: list[Entry] = []
-        walk = self._walk(names, past, lambda *_: None, lambda _: found.clear())
+        walk = self._walk(names, past, Names(), lambda *_: None, lambda _: found.clear())
+        next(walk)
         size, at_end = 0, False
         while not at_end and size < most:
             with self.lock:
@@ -1627,7 +1646,7 @@ class Log:
 
     # The holder of the lock
 
-    def _look_back(self, past: Past, names: Names) -> tuple[int, bool, list[int]]:
+    def _look_back(self, past: Past, names: Iterable[str]) -> tuple[int, bool, list[int]]:
         # Where a replay begins, whether nothing is missing there, and which ids come before it.
         self.history.trim(_now())
         met = past.since is None or self.history.floor <= past.since and (
@@ -1638,12 +1657,23 @@ class Log:
             return position, met, []
         return position, met, self.history.last(past.last, names)
 
-    def _walk(self, names: Names, past: Past, begin: Callable[[int, bool], None],
+    def _find_kept(self, names: Names, past: Past) -> Iterable[str]:
+        # The channels that `last` is about; patterns are compared while the lock is free.
+        if not past.last or not names.prefixes:
+            return names
+        with self.lock:
+            kept = [*self.history.by_name]
+        return [name for name in kept if names.cover(name)]
+
+    def _walk(self, names: Names, past: Past, live: Names, begin: Callable[[int, bool], None],
               tell_gap: Callable[[int], None]) -> Iterator[tuple[list[Entry], int, bool, bool]]:
         # Each step takes the lock's holder through a piece of the past: to the messages there, the
         # position behind them, whether all is complete so far, and whether it is the last now.
-        history = self.history
-        position, complete, ids = self._look_back(past, names)
+        # Before the first, the lock is free.
+        history, kept = self.history, self._find_kept(names, past)
+        yield [], 0, True, False
+        position, complete, ids = self._look_back(past, kept)
+        begun = self.position
         begin(position, complete)
         while True:
             if position < history.floor or ids and ids[0] <= history.floor:  # it was overtaken
@@ -1653,7 +1683,7 @@ class Log:
                 entries = history.find(ids)
                 ids = ids[len(entries):]
             else:
-                entries, position = history.behind(position, names)
+                entries, position = history.behind(position, names, live, begun)
             at_end = not ids and history.ends_at(position)
             if at_end:
                 position = self.position
@@ -1681,12 +1711,15 @@ class Log:
     def _find_groups(self, name: str) -> dict[Encoder, dict[Connection, Callable[[bytes], None]]]:
         # Who has joined a channel by several patterns is in the groups once.
         found = self.joined.get(name, {})
-        for size in self.prefix_sizes:
-            matching = self.joined.get(name[:size] + "*", {})
-            found = {encoder: {**found.get(encoder, {}), **matching.get(encoder, {})}
-                     for encoder in {**found, **matching}} if found and matching else (
-                         found or matching)
-        return found
+        matching = [groups for size in self.prefix_sizes if size <= len(name)
+                    and (groups := self.joined.get(name[:size] + "*"))]
+        if not matching or not found and len(matching) == 1:
+            return matching[0] if matching else found
+        merged: dict[Encoder, dict[Connection, Callable[[bytes], None]]] = {}
+        for groups in (found, *matching):
+            for encoder, group in groups.items():
+                merged.setdefault(encoder, {}).update(group)
+        return merged
 
 
 _LARGEST_GATHERED = 65536  # bytes
@@ -1786,6 +1819,8 @@ class Subscriber:
         # Guarded by the log's lock.
         self.encoder = self.encoders[past.resumable]
         self.live = False  # whether it gets all that is published to its channels, or catches up
+        # The poller's: how much was written, and when it was not so much yet.
+        self.sent, self.quiet_since = 0, 0.0
 
     def run(self) -> None:
         """Serve the connection until it ends. Its own thread."""
@@ -1795,7 +1830,8 @@ class Subscriber:
             # of an hour.
             connection.transport.sock.setsockopt(
                 socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * interval))
-        if (pause := min(interval or math.inf, self._time_left())) < math.inf:
+        look = min(interval / 4, _LONGEST_LOOK) if self.past.resumable else interval
+        if (pause := min(look or math.inf, self._time_left())) < math.inf:
             self.server.poller.call_at(connection, time.monotonic() + pause)
         log.info("%s: %s connected", connection.address, self.id)
         # The head of the answer is queued by now, so nothing of the channels can come before it.
@@ -1803,6 +1839,7 @@ class Subscriber:
             self.follow(self.channels, self.past, self.encode_beginning, lambda *_: b"")
         else:
             self.server.log.join(self, self.channels)
+            self.live = True
         connection.flush()
         self.serve()
         log.info("%s: %s disconnected", connection.address, self.id)
@@ -1810,9 +1847,12 @@ class Subscriber:
     def follow(self, names: Names, past: Past, before: Callable[[int, bool], bytes],
                after: Callable[[int, bool], bytes]) -> None:
         """Send what was asked for of the past, then join channels; see Log.replay()."""
-        for _ in self.server.log.replay(self, names, past, before, after):
-            if not self.connection.catch_up():
-                break
+        live = self.channels if self.live else Names()
+        self.channels = Names(self.channels | names)
+        if not self.live or self.connection.catch_up():
+            for _ in self.server.log.replay(self, names, past, live, before, after):
+                if not self.connection.catch_up():
+                    break
         self.connection.flush()
 
     def serve(self) -> None:
@@ -1839,6 +1879,16 @@ class Subscriber:
     def on_heartbeat(self, now: float, interval: float) -> float:
         """See whether the peer lives; returns when to do so again."""
         raise NotImplementedError
+
+    def tell_position(self, now: float, interval: float) -> float:
+        """Tell one who was sent nothing else for a whole interval; returns when to look again."""
+        connection = self.connection
+        if connection.sent == self.sent and now >= self.quiet_since + interval:
+            self.server.log.position_for(self)
+            connection.flush()
+        if connection.sent != self.sent:
+            self.sent, self.quiet_since = connection.sent, now
+        return now + min(interval / 4, _LONGEST_LOOK)
 
     # Any thread
 
@@ -1909,7 +1959,6 @@ class WebSocket(Subscriber):
         self.pinged = 0.0
         self.acknowledged = self.unacknowledged = 0
         self.moved = 0.0
-        self.sent, self.quiet_since = 0, 0.0  # how much was written, and when it was not so much
 
     # Its own thread, in the order of a message's way
 
@@ -2035,7 +2084,7 @@ class WebSocket(Subscriber):
         for name in names:
             if not self.key.may_read(name):
                 raise Refused(f"the token may not read the channel {_shown(name)}", "forbidden")
-        check_count(len(self.channels.union(names)), self.server.settings)
+        check_subscriptions(Names(self.channels.union(names)), self.server.settings)
         self.asked = names, past, ref
 
     def _subscribe(self) -> None:
@@ -2043,8 +2092,8 @@ class WebSocket(Subscriber):
             (names, past, ref), self.asked = self.asked, None
             if past.resumable and not self.encoder.with_ids:
                 self.server.log.add_ids(self)
+                self.server.poller.call_at(self.connection, time.monotonic())  # see tell_position()
             new = Names(frozenset(names) - self.channels)
-            self.channels = Names(self.channels | new)
             self.follow(new, past, lambda *_: b"", lambda position, resumed: encode_frame(
                 Opcode.TEXT, encode_answer({"subscribed": {
                     "channels": names, "id": encode_id(position), "resumed": resumed}}, ref)))
@@ -2071,18 +2120,8 @@ class WebSocket(Subscriber):
         self.acknowledged, self.unacknowledged = acknowledged, unacknowledged
         heard = max(connection.last_received, self.moved)
         if self.encoder.with_ids:
-            return min(self._tell_position(now, interval), self._see_to_pings(now, interval, heard))
+            return min(self.tell_position(now, interval), self._see_to_pings(now, interval, heard))
         return self._see_to_pings(now, interval, heard)
-
-    def _tell_position(self, now: float, interval: float) -> float:
-        # To one who was sent nothing else for a whole interval.
-        connection = self.connection
-        if connection.sent == self.sent and now >= self.quiet_since + interval:
-            self.server.log.position_for(self)
-            connection.flush()
-        if connection.sent != self.sent:
-            self.sent, self.quiet_since = connection.sent, now
-        return now + min(interval / 4, _LONGEST_LOOK)
 
     def _see_to_pings(self, now: float, interval: float, heard: float) -> float:
         connection = self.connection
@@ -2189,9 +2228,8 @@ class EventStream(Subscriber):
         A client that is gone is found out by the system, which waits for its acknowledgement.
         """
         if self.encoder.with_ids:
-            self.server.log.position_for(self)
-        else:
-            self.connection.put(b":\n\n")
+            return self.tell_position(now, interval)
+        self.connection.put(b":\n\n")
         self.connection.flush()
         return now + interval
 
@@ -2215,7 +2253,7 @@ class EventStream(Subscriber):
 # (RFC 9112): the standard library's parser takes bare line feeds and folded lines, which other
 # parsers in front may read otherwise.
 
-MAX_HEAD_SIZE, MAX_HEADERS, MAX_TARGET_SIZE = 16384, 100, 8192
+MAX_HEAD_SIZE, MAX_HEADERS, MAX_TARGET_SIZE, MAX_PARAMETERS = 16384, 100, 8192, 1100
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/1\.([01])" % _TOKEN)
 _FIELD = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
@@ -2328,9 +2366,9 @@ def decode_request(head: bytes) -> Request:
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
     path, _, query = re.sub("(?i)^https?://[^/?]*", "", target).partition("?")
     try:
-        parsed = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=MAX_HEADERS)
+        parsed = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=MAX_PARAMETERS)
     except ValueError:
-        raise HTTPError(400, f"a query may have {MAX_HEADERS} parameters") from None
+        raise HTTPError(400, f"a query may have {MAX_PARAMETERS} parameters") from None
     host = headers.get("host", "" if minor == "1" else "unknown")
     try:
         if not _HOST_FIELD.fullmatch(host):  # 255 bytes at most: to decode them takes 0.1 ms
@@ -2527,7 +2565,7 @@ class HTTPHandler:
         if request.method == "OPTIONS":
             return Response(204, b"", {
                 "Allow": allowed, "Access-Control-Allow-Methods": allowed,
-                "Access-Control-Allow-Headers": "Authorization, Content-Type",
+                "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID",
                 "Access-Control-Max-Age": "600"})
         endpoint = methods.get("GET" if request.method == "HEAD" else request.method)
         if endpoint is None:
@@ -2645,10 +2683,12 @@ def find_subscription(kind: Any, handler: HTTPHandler, request: Request) -> Subs
     key, given = request.key, request.query
     names = Names(given["channel"]) if "channel" in given else key.read
     for name in sorted(names):
-        if not name or not key.may_read(name):
+        if not name:
+            raise HTTPError(400, "a channel must have a name")
+        if not key.may_read(name):
             raise HTTPError(403, f"the token may not read the channel {_shown(name)}")
     try:
-        check_count(len(names), handler.server.settings)
+        check_subscriptions(names, handler.server.settings)
         for name in "since", "last":
             if len(given.get(name, [])) > 1:
                 raise Refused(f"there may be one {name}")
@@ -3314,7 +3354,7 @@ class _Request:
         self.brought: set[str] = set()  # ids of messages, where it may have to be sent again
 
     def encode(self, ref: str) -> str:
-        return json.dumps({**self.value, "ref": ref})
+        return json.dumps({**self.value, "ref": ref}, allow_nan=False)
 
 
 class Client:
@@ -3352,19 +3392,22 @@ class Client:
         self._past = {"since": since or ("now" if reconnect and last is None else None),
                       "last": last}
         self._changed = threading.Condition()  # guards all below
-        self._channels = None if channels is None else {*channels}  # None: all that may be read
+        self._channels = None if channels is None else Names(channels)  # None: all that may be read
         self._received: collections.deque[tuple[Message | Gap, int]] = collections.deque()
         self._received_size = 0
         self._refusals: collections.deque[PhiloteError] = collections.deque()
         self._requests: dict[str, _Request] = {}  # that are not answered, the oldest first
+        self._asked_size = 0  # of these
+        self._subscribing: list[_Request] = []  # those of them that subscribe
         self._refs = map(str, itertools.count(1))
         self._position = ""
         self._issuers: collections.deque[str] = collections.deque(maxlen=100)  # that we were
         self._acknowledged = (0, 0)  # the highest id that a message of ours got
         self._caught_up = True  # whether a request is sent at once, or behind those before it
         self._closing = False
-        self._end: PhiloteError | OSError | None = None
+        self._end: Exception | None = None
         self._outcome_known = True  # whether somebody knows what became of all that was published
+        self._asking = threading.Lock()  # what is asked is sent in the order of the refs
         self._link = self._connect()
         self._thread = threading.Thread(target=self._run, name="philote-client", daemon=True)
         self._thread.start()
@@ -3405,12 +3448,10 @@ class Client:
         past = {name: value for name, value in (("since", since), ("last", last))
                 if value is not None}
         self._await(self._ask({"subscribe": [*channels], **past}, True))
-        self._change_channels(lambda joined: joined.union(channels))
 
     def unsubscribe(self, *channels: str) -> None:
         """Leave channels or patterns; nothing of them comes behind it."""
         self._await(self._ask({"unsubscribe": [*channels]}, True))
-        self._change_channels(lambda joined: joined.difference(channels))
 
     def receive(self, timeout: float | None = None) -> Message | None:
         """Wait `timeout` seconds (None: for ever) for the next message; None if there was none.
@@ -3490,22 +3531,38 @@ class Client:
 
     def _ask(self, value: dict[str, Any], awaited: bool) -> _Request:
         request = _Request(value, awaited)
-        text = request.encode("")  # raises what cannot be encoded
-        with self._changed:
-            self._changed.wait_for(lambda: self._end or self._closing or not self._requests or (
-                len(self._requests) < _MOST_ASKED
-                and sum(r.size for r in self._requests.values()) + request.size < _MOST_SIZE))
-            if self._closing:
-                raise self._end or ConnectionClosed(1006)
-            self._raise_end()
-            ref = next(self._refs)
-            self._requests[ref] = request
-            if not self._caught_up:
-                return request
-            link = request.link = self._link
-            text = request.encode(ref)
-        with contextlib.suppress(OSError, ProtocolError):  # it is sent again, or ends with the rest
-            link.send_text(text)
+        request.encode("")  # raises what cannot be encoded
+        with self._asking:
+            with self._changed:
+                self._changed.wait_for(lambda: self._end or self._closing or not self._requests or (
+                    len(self._requests) < _MOST_ASKED
+                    and self._asked_size + request.size < _MOST_SIZE))
+                if self._closing:
+                    raise self._end or ConnectionClosed(1006)
+                self._raise_end()
+                ref = self._add_request(request)
+                if not self._caught_up:
+                    return request
+                link = request.link = self._link
+            with contextlib.suppress(OSError, ProtocolError):  # it is sent again, or the end comes
+                link.send_text(request.encode(ref))
+        return request
+
+    def _add_request(self, request: _Request) -> str:
+        ref = next(self._refs)
+        self._requests[ref] = request
+        self._asked_size += request.size
+        if "subscribe" in request.value:
+            self._subscribing.append(request)
+        return ref
+
+    def _answer(self, ref: object, answer: dict[str, Any] | PhiloteError) -> _Request | None:
+        request = self._requests.pop(str(ref), None)
+        if request:
+            request.answer = answer
+            self._asked_size -= request.size
+            if request in self._subscribing:
+                self._subscribing.remove(request)
         return request
 
     def _await(self, request: _Request) -> dict[str, Any]:
@@ -3516,11 +3573,6 @@ class Client:
             if request.answer is None:
                 self._raise_end()
             return request.answer or {}
-
-    def _change_channels(self, change: Callable[[set[str]], set[str]]) -> None:
-        with self._changed:
-            joined = self._link.channels if self._channels is None else self._channels
-            self._channels = change({*joined})
 
     def _raise_refusal(self) -> None:
         with self._changed:
@@ -3564,7 +3616,8 @@ class Client:
             except StopIteration:
                 link.abort()
                 raise ConnectionClosed(link.code, link.reason) from None
-            except (ValueError, TypeError, LookupError):
+            except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
+                    RecursionError):
                 link.abort()
                 raise PhiloteError("the server does not know of positions; reconnect=False does "
                                    "without them") from None
@@ -3592,8 +3645,7 @@ class Client:
             if not coming_back or not begin["resumed"]:
                 self._position = begin["id"]
             if later:
-                self._requests[next(self._refs)] = _Request(
-                    {"subscribe": later, **past}, False)
+                self._add_request(_Request({"subscribe": later, **past}, False))
             unseen = sorted({request.value["channel"] for request in self._requests.values()
                              if "channel" in request.value
                              and not names.cover(request.value["channel"])})
@@ -3606,26 +3658,34 @@ class Client:
 
     def _run(self) -> None:
         link: _Link | None = self._link
-        while link:
-            try:
-                for text in link.texts:
-                    self._take(link, json.loads(text), len(text))
-            except OSError:
-                pass
-            except (ValueError, TypeError, AttributeError, LookupError, RecursionError,
-                    MemoryError) as error:
-                log.debug("closed after what no Philote server sends: %s", type(error).__name__)
-                link.code = 1006
-            link.abort()
-            link = self._come_back(ConnectionClosed(link.code, link.reason))
+        try:
+            while link:
+                try:
+                    for text in link.texts:
+                        self._take(link, json.loads(text), len(text))
+                except (OSError, ProtocolError):
+                    pass
+                except (ValueError, TypeError, AttributeError, LookupError, RecursionError,
+                        MemoryError) as error:
+                    log.debug("closed after what no Philote server sends: %s", type(error).__name__)
+                    link.code = 1006
+                link.abort()
+                link = self._come_back(ConnectionClosed(link.code, link.reason))
+        except Exception as error:  # of the function that makes tokens
+            self._end = error
+        finally:
+            with self._changed:
+                self._end = self._end or ConnectionClosed(1006)
+                self._changed.notify_all()
 
     def _come_back(self, error: PhiloteError | OSError) -> _Link | None:
-        pause = _FIRST_PAUSE
+        # What the server got of the lost connection it has to have read when we come back.
+        pause, least = _FIRST_PAUSE, _FIRST_PAUSE if self._unanswered() else 0
         code = getattr(error, "code", 0)
         going_on = self._reconnect and code not in _FINAL and (
             code != EXPIRED or callable(self._token))
         while going_on and not self._closing:
-            wait = random.uniform(0, pause)
+            wait = max(random.uniform(0, pause), least)
             self.on_disconnect(error, wait)
             with self._changed:
                 if self._changed.wait_for(lambda: self._closing, wait):
@@ -3646,7 +3706,6 @@ class Client:
         with self._changed:
             self._outcome_known |= self._closing and code == CloseReason.NORMAL_CLOSURE
             self._end = error
-            self._changed.notify_all()
         return None
 
     def _take(self, link: _Link, value: dict[str, Any], size: int) -> None:
@@ -3656,9 +3715,9 @@ class Client:
                 self._take_message(value, size)
             elif "error" in value:
                 error = Forbidden(str(value.get("reason", value["error"])))
-                request = self._requests.pop(str(ref), None)
-                if request:
-                    request.answer = error
+                if ref is None and self._reconnect:  # it could not be read: the oldest sent
+                    ref = next(iter(self._requests), None)
+                request = self._answer(ref, error)
                 if ref != _CHECK and not (request and request.awaited):
                     self._refusals.append(error)
             elif "published" in value:
@@ -3668,11 +3727,18 @@ class Client:
                 self._put(Gap(), 0)
             elif "id" in value:
                 self._position = value["id"]
-            elif request := self._requests.pop(str(ref), None):
-                request.answer = value
+            elif (request := self._answer(ref, value)) and "subscribed" in value:
+                self._channels = Names(self._joined() | {*request.value["subscribe"]})
+                if not value["subscribed"]["resumed"]:
+                    self._put(Gap(), 0)
+            elif request:
+                self._channels = Names(self._joined() - {*request.value["unsubscribe"]})
             self._changed.notify_all()
-        if ref == _CAUGHT_UP:
-            self._send_again(link)
+        if ref == _CAUGHT_UP:  # not by this thread, which has to read the answers
+            threading.Thread(target=self._send_again, args=(link,), daemon=True).start()
+
+    def _joined(self) -> Names:
+        return self._link.channels if self._channels is None else self._channels
 
     def _take_message(self, value: dict[str, Any], size: int) -> None:
         message = Message(*(value.get(name, "") for name in Message._fields))
@@ -3686,17 +3752,20 @@ class Client:
                         if request.value.get("channel") == message.channel), ""),
                         {"published": {"id": message.id}})
                 return
-            for request in self._requests.values():
-                if "subscribe" in request.value:
-                    if message.id in request.brought:
-                        return
-                    request.brought.add(message.id)
+            for request in self._subscribing:
+                if message.id in request.brought:
+                    return
+                request.brought.add(message.id)
+            # Beside these come some that were only asked for to see what of ours is among them.
+            if not self._joined().cover(message.channel) and not any(
+                    Names(request.value["subscribe"]).cover(message.channel)
+                    for request in self._subscribing):
+                return
         self._put(message, size)
 
     def _acknowledge(self, ref: str, answer: dict[str, Any]) -> None:
         self._acknowledged = max(self._acknowledged, _as_numbers(answer["published"]["id"]))
-        if request := self._requests.pop(ref, None):
-            request.answer = answer
+        self._answer(ref, answer)
 
     def _put(self, item: Message | Gap, size: int) -> None:
         if self._received_size + size > _MOST_RECEIVED:
@@ -3708,17 +3777,20 @@ class Client:
         self._received_size += size
 
     def _send_again(self, link: _Link) -> None:
-        while True:
-            with self._changed:
-                unsent = [(ref, request) for ref, request in self._requests.items()
-                          if request.link is not link]
-                for _, request in unsent:
-                    request.link = link
-                self._caught_up = not unsent
-            if not unsent:
-                return
-            for ref, request in unsent:
-                link.send_text(request.encode(ref))
+        with contextlib.suppress(OSError, ProtocolError):
+            while True:
+                with self._changed:
+                    if link is not self._link:
+                        return
+                    unsent = [(ref, request) for ref, request in self._requests.items()
+                              if request.link is not link]
+                    for _, request in unsent:
+                        request.link = link
+                    self._caught_up = not unsent
+                if not unsent:
+                    return
+                for ref, request in unsent:
+                    link.send_text(request.encode(ref))
 
 
 def _as_numbers(id: str) -> tuple[int, int]:
@@ -3743,7 +3815,7 @@ def split_url(url: str) -> urllib.parse.SplitResult:
 class _Link:
     """One connection to a server. Read by one thread; any may send."""
 
-    channels: Iterable[str] = ()  # that the server joined at the beginning
+    channels = Names()  # that the server joined at the beginning
     patience = math.inf  # seconds that the server may be silent
 
     def __init__(self, url: urllib.parse.SplitResult, token: str,
@@ -4215,7 +4287,7 @@ class _Connection(Client):
 
     def on_disconnect(self, error: Exception, pause: float) -> None:
         """Tell why it is not."""
-        _tell(f"{_without_token(self.arguments.url)}: {error}; trying again in {pause:.1f} seconds")
+        _tell(f"{_without_token(self.arguments.url)}: {error}; trying again in {pause:.2f} seconds")
 
 
 def _token_for(arguments: argparse.Namespace, read: Sequence[str],
@@ -4251,7 +4323,7 @@ def _subscribe(arguments: argparse.Namespace) -> int:
             if isinstance(error, Unauthorized) and error.status < 500:
                 raise
             wait = random.uniform(pause / 2, pause)
-            _tell(f"{_without_token(arguments.url)}: {error}; trying again in {wait:.1f} seconds")
+            _tell(f"{_without_token(arguments.url)}: {error}; trying again in {wait:.2f} seconds")
             time.sleep(wait)
             pause = min(2 * pause, _LAST_PAUSE)
     with client:
@@ -4290,7 +4362,7 @@ def _history(arguments: argparse.Namespace) -> int:
             _tell(str(Gap()))
         for message in messages:
             _show(Message(*(message.get(name, "") for name in Message._fields)), arguments.json)
-        if not messages:
+        if not messages or arguments.last is not None:
             return 0
         asked = [*asked[:len(arguments.channels)], ("since", position)]
 
