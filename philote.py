@@ -446,10 +446,9 @@ def check_message(value: Any) -> tuple[str, str]:
         raise Refused("data is nested too deep, or holds a number too large") from None
 
 
-def check_ref(value: Any) -> str | None:
-    """Take from a decoded message what its answer shall be known by. Raises Refused."""
-    ref = value.get("ref") if type(value) is dict else None
-    if ref is not None and (type(ref) is not str or len(ref) > _MAX_REF_SIZE):
+def check_ref(ref: Any) -> str:
+    """Check what the answer to a message shall be known by. Raises Refused."""
+    if type(ref) is not str or len(ref) > _MAX_REF_SIZE:
         raise Refused(f"ref must be a string of up to {_MAX_REF_SIZE} characters")
     return ref
 
@@ -470,11 +469,11 @@ def _shown(value: Any) -> str:
 
 def _is_encodable(text: str) -> bool:
     # A lone surrogate can stand in JSON as an escape, but not in UTF-8.
-    return text.isascii() or not re.search("[\ud800-\udfff]", text)
+    return not re.search("[\ud800-\udfff]", text)
 
 
 def _quoted(text: str) -> str:
-    return _quote(text) if _is_encodable(text) else _quote_ascii(text)
+    return _quote(text) if text.isascii() or _is_encodable(text) else _quote_ascii(text)
 
 
 def encode_answer(value: Mapping[str, Any], ref: str | None = None) -> bytes:
@@ -1392,7 +1391,7 @@ def encode_entry(entry: Entry) -> bytes:
 class Encoder(NamedTuple):
     """How messages are written to some of the subscribers."""
 
-    encode: Callable[[Iterable[Entry]], bytes]
+    encode: Callable[[Iterable[Any]], bytes]  # of entries; of JSON where it tells no ids
     with_ids: bool  # whether it tells ids and users
 
 
@@ -1427,35 +1426,38 @@ class History:
 
     def append(self, first: int, name: str, payloads: Sequence[bytes]) -> None:
         """Keep messages with consecutive ids."""
-        if name not in self.by_name:
-            self.by_name[name] = name, collections.deque()
+        if (kept := self.by_name.get(name)) is None:
+            kept = self.by_name[name] = name, collections.deque()
             self.size += sys.getsizeof(name) + _CHANNEL_OVERHEAD
-        name, kept = self.by_name[name]
-        position = first
+        (name, numbers), ids, position, size = kept, self.ids, first, self.size
+        names, kept_payloads = self.names, self.payloads
         for payload in payloads:
-            self.ids.append(position)
-            self.names.append(name)
-            self.payloads.append(payload)
-            kept.append(position)
-            self.size += len(payload) + _KEPT_OVERHEAD
+            ids.append(position)
+            numbers.append(position)
+            names.append(name)
+            kept_payloads.append(payload)
+            size += len(payload) + _KEPT_OVERHEAD
             position += 1
-        if self.size > self.limit or self.ids[self.start] < first - self.time:
+        self.size = size
+        if size > self.limit or ids[self.start] < first - self.time:
             self.trim(first)
 
     def trim(self, now: int) -> None:
         """Forget what is too old or too much."""
         ids, names, payloads, at, oldest = (
             self.ids, self.names, self.payloads, self.start, now - self.time)
-        most = at + _SCAN  # at a time; the others go with the next messages
-        while at < len(ids) and (self.size > self.limit or ids[at] < oldest and at < most):
-            self.size -= len(payloads[at]) + _KEPT_OVERHEAD
+        most, size = at + _SCAN, self.size  # so many at a time; others go with the next messages
+        limit = self.limit if size <= self.limit else self.limit - (self.limit >> 6)
+        while at < len(ids) and (size > limit or ids[at] < oldest and at < most):
             name, kept = self.by_name[names[at]]
+            size -= len(payloads[at]) + _KEPT_OVERHEAD
             self.floor = kept.popleft()
             if not kept:
                 del self.by_name[name]
-                self.size -= sys.getsizeof(name) + _CHANNEL_OVERHEAD
+                size -= sys.getsizeof(name) + _CHANNEL_OVERHEAD
             names[at], payloads[at] = "", b""
             at += 1
+        self.size = size
         self.start = at
         if at > 1000 and at > len(ids) >> 1:
             del ids[:at], names[:at], payloads[:at]
@@ -1532,19 +1534,22 @@ class Log:
         """
         receivers = 0
         with self.lock:
-            now = _now()
-            first = max(self.position + 1, now)
+            first = time.time_ns() // 1_000_000 << _COUNTER_BITS  # _now(), without a call
+            if first <= self.position:
+                first = self.position + 1
             self.position = first + len(payloads) - 1
             if self.history.limit:
                 self.history.append(first, name, payloads)
             else:
                 self.history.floor = self.position
             own = self.issuers.get(issuer)
-            for encoder, group in self._find_groups(name).items():
-                bare = user and not encoder.with_ids
-                data = encoder.encode(enumerate(  # once for all of them
-                    [payload.replace(user, b"", 1) for payload in payloads] if bare else payloads,
-                    first))
+            groups = self._find_groups(name) if self.prefix_sizes else self.joined.get(name, {})
+            for encoder, group in groups.items():
+                if encoder.with_ids:  # once for all of them
+                    data = encoder.encode(enumerate(payloads, first))
+                else:
+                    data = encoder.encode([payload.replace(user, b"", 1) for payload in payloads]
+                                          if user else payloads)
                 receivers += len(group) - (own in group)
                 for connection, put in group.items():
                     if connection is not own:
@@ -1781,10 +1786,11 @@ class Batch:
             self.connection.published += count
             self.connection.delivered += self.receivers * count
             self.payloads = []
-            for index, ref in self.refs:
-                self.connection.put(encode_frame(Opcode.TEXT, encode_answer(
-                    {"published": {"ref": ref, "id": encode_id(first + index)}})))
-            self.refs = []
+            if self.refs:
+                for index, ref in self.refs:
+                    self.connection.put(encode_frame(Opcode.TEXT, encode_answer(
+                        {"published": {"ref": ref, "id": encode_id(first + index)}})))
+                self.refs = []
 
     def flush(self) -> None:
         """Append the messages and write to all that they were queued for."""
@@ -1940,7 +1946,7 @@ class WebSocket(Subscriber):
 
     encoders = (
         Encoder(lambda entries: b"".join([
-            encode_frame(Opcode.TEXT, payload) for _, payload in entries]), False),
+            encode_frame(Opcode.TEXT, payload) for payload in entries]), False),
         Encoder(lambda entries: b"".join([
             encode_frame(Opcode.TEXT, encode_entry(entry)) for entry in entries]), True))
 
@@ -2044,14 +2050,15 @@ class WebSocket(Subscriber):
         connection.received += 1
         if connection.rate.limit:
             self.delay = connection.rate.take(1 + (len(text) >> 14))
-        ref = None
+        ref: str | None = None
         try:
             value = decode_json(text)
-            ref = check_ref(value)
-            if type(value) is dict and "channel" not in value and (
-                    "subscribe" in value or "unsubscribe" in value):
-                self._change_subscriptions(value, ref)
-                return
+            if type(value) is dict:
+                if (given := value.get("ref")) is not None:
+                    ref = check_ref(given)
+                if "channel" not in value and ("subscribe" in value or "unsubscribe" in value):
+                    self._change_subscriptions(value, ref)
+                    return
             channel, data = check_message(value)
             if channel not in self.batch.heads and not self.key.may_write(channel):
                 raise Refused(f"the token may not write the channel {_shown(channel)}", "forbidden")
@@ -2212,7 +2219,7 @@ class EventStream(Subscriber):
 
     encoders = (
         Encoder(lambda entries: b"".join([
-            b"data: %b\n\n" % payload for _, payload in entries]), False),
+            b"data: %b\n\n" % payload for payload in entries]), False),
         Encoder(lambda entries: b"".join([
             b"id: %b\ndata: %b\n\n" % (encode_id(position).encode(), payload)
             for position, payload in entries]), True))
