@@ -2862,6 +2862,24 @@ def test_a_quiet_client_is_told_its_position():
         assert plain.read_frame()[0] == 9
 
 
+def test_who_catches_up_is_told_no_position_before_the_end(unserved):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        connection = philote.Connection(unserved, ours, "x")
+        past = philote.parse_past("10m", None)
+        websocket = philote.WebSocket(
+            connection, philote.AccessKey(), philote.Names("a"), past, b"")
+        for _ in range(100):
+            unserved.log.append("a", [b'{"data":1}'], "x", b"", {})
+        replay = unserved.log.replay(websocket, philote.Names("a"), past, philote.Names(), PLAIN,
+                                     PLAIN)
+        for expected in True, False:
+            is_under_way = next(replay, "over") != "over"
+            connection.pending.clear()
+            unserved.log.position_for(websocket)
+            assert is_under_way is expected and bool(connection.pending) is not expected
+
+
 def test_a_client_that_is_sent_messages_is_not_told_its_position():
     with running(ping_interval=0.5) as server, Returner(server) as client:
         end = time.monotonic() + 1.5
