@@ -2614,6 +2614,7 @@ def test_what_was_asked_for_of_the_past_comes_first_in_order_and_then_what_is_ne
     query, read = query.format(*ids, before=before), ["a", "b", "*"]
     with Returner(server, read, query) as client, Follower(server, read, query) as stream:
         assert client.beginning["resumed"] is resumed
+        assert number(client.beginning["id"]) <= number(ids[-1])
         assert stream.read_event()[0].startswith(b"id: " if resumed else b"event: gap\n")
         publish_to(server, "a", 8)
         messages = [client.receive() for _ in [*seen, 8]]
