@@ -2081,7 +2081,6 @@ class WebSocket(Subscriber):
             raise Refused("a message may subscribe or unsubscribe, not both")
         if "subscribe" not in value:
             names = check_names(value["unsubscribe"])
-            self.batch.deliver()
             self.server.log.leave(self, names)
             self.channels = Names(self.channels - {*names})
             self._tell({"unsubscribed": {"channels": names}}, ref)

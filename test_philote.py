@@ -2863,17 +2863,44 @@ def test_a_quiet_client_is_told_its_position():
         assert plain.read_frame()[0] == 9
 
 
-def test_who_catches_up_is_told_no_position_before_the_end(unserved):
+@contextlib.contextmanager
+def replaying(server, past, count, payload=b'{"data":1}'):
+    """A connection, its WebSocket, and the replay of so many messages of the channel a."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        connection = philote.Connection(unserved, ours, "x")
-        past = philote.parse_past("10m", None)
-        websocket = philote.WebSocket(
-            connection, philote.AccessKey(), philote.Names("a"), past, b"")
-        for _ in range(100):
-            unserved.log.append("a", [b'{"data":1}'], "x", b"", {})
-        replay = unserved.log.replay(websocket, philote.Names("a"), past, philote.Names(), PLAIN,
-                                     PLAIN)
+        connection, names = philote.Connection(server, ours, "x"), philote.Names("a")
+        websocket = philote.WebSocket(connection, philote.AccessKey(), names, past, b"")
+        for _ in range(count):
+            server.log.append("a", [payload], "x", b"", {})
+        yield connection, websocket, server.log.replay(
+            websocket, names, past, philote.Names(), PLAIN, PLAIN)
+
+
+def test_who_is_sent_the_last_messages_and_overtaken_is_told_of_a_gap(unserved):
+    big = b'{"data":"%b"}' % (b"x" * 100_000)
+    with replaying(unserved, philote.parse_past(None, 10), 10, big) as (connection, _, replay):
+        next(replay)
+        connection.pending.clear()
+        for _ in range(160):  # so many that some of the ten are no longer kept
+            unserved.log.append("a", [big], "x", b"", {})
+        assert list(replay) == [] and b'"gap"' in b"".join(connection.pending)
+    found, position, complete = unserved.log.read(
+        philote.Names("a"), philote.parse_past(None, 9), 250_000)
+    assert len(found) == 3 and position == found[-1][0] < unserved.log.position and complete
+
+
+def test_one_pattern_outlives_another_of_its_size(server):
+    with RawClient(server, ["b*"]) as client:
+        with RawClient(server, ["a*"]):
+            wait_until(lambda: channel_count(server) == 2)
+        wait_until(lambda: channel_count(server) == 1)
+        publish_to(server, ["b1"])
+        assert client.receive()["channel"] == "b1"
+
+
+def test_who_catches_up_is_told_no_position_before_the_end(unserved):
+    past = philote.parse_past("10m", None)
+    with replaying(unserved, past, 100) as (connection, websocket, replay):
         for expected in True, False:
             is_under_way = next(replay, "over") != "over"
             connection.pending.clear()
