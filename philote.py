@@ -4108,7 +4108,7 @@ def _make_parser() -> argparse.ArgumentParser:
         command.add_argument("--since", metavar="10m", help="begin with what is kept of that time, "
                              "or behind the message with this id")
         command.add_argument("--last", type=int, metavar="N", help="begin with the last N messages "
-                             "of each channel, or where --since is longer ago than what is kept")
+                             "of each channel, or where the id of --since is no longer kept")
     publish = add(
         "publish", _publish, "publish a message, or a message for each line of standard input")
     publish.add_argument("channel", metavar="CHANNEL")
