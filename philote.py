@@ -1388,11 +1388,14 @@ def encode_entry(entry: Entry) -> bytes:
     return b'{"id":"%b",%b' % (encode_id(position).encode(), payload[1:])
 
 
-class Encoder(NamedTuple):
+class Encoder:
     """How messages are written to some of the subscribers."""
 
-    encode: Callable[[Iterable[Any]], bytes]  # of entries; of JSON where it tells no ids
-    with_ids: bool  # whether it tells ids and users
+    __slots__ = ("encode", "with_ids")
+
+    def __init__(self, encode: Callable[[Iterable[Any]], bytes], with_ids: bool) -> None:
+        self.encode = encode  # of entries; of JSON where it tells no ids
+        self.with_ids = with_ids  # whether it tells ids and users
 
 
 def check_subscriptions(names: Names, settings: Settings) -> None:
@@ -1533,6 +1536,10 @@ class Log:
         out. These are added to `touched`: the caller flushes their connections, without any lock.
         """
         receivers = 0
+        # What needs no id is encoded before the lock is taken, for those that seem to be there.
+        bare = [payload.replace(user, b"", 1) for payload in payloads] if user else payloads
+        encoded = {encoder: encoder.encode(bare) for encoder in tuple(self.joined.get(name, ()))
+                   if not encoder.with_ids}
         with self.lock:
             first = time.time_ns() // 1_000_000 << _COUNTER_BITS  # _now(), without a call
             if first <= self.position:
@@ -1545,11 +1552,8 @@ class Log:
             own = self.issuers.get(issuer)
             groups = self._find_groups(name) if self.prefix_sizes else self.joined.get(name, {})
             for encoder, group in groups.items():
-                if encoder.with_ids:  # once for all of them
-                    data = encoder.encode(enumerate(payloads, first))
-                else:
-                    data = encoder.encode([payload.replace(user, b"", 1) for payload in payloads]
-                                          if user else payloads)
+                data = encoded.get(encoder) or encoder.encode(  # once for all of them
+                    enumerate(payloads, first) if encoder.with_ids else bare)
                 receivers += len(group) - (own in group)
                 for connection, put in group.items():
                     if connection is not own:
