@@ -1326,6 +1326,7 @@ class Poller(threading.Thread):
 # is held as one whole number, for ids are compared and counted on.
 
 _COUNTER_BITS = 64
+_COUNTER = (1 << _COUNTER_BITS) - 1
 _ID = re.compile("([0-9]{1,19})-([0-9]{1,19})", re.ASCII)
 _SCAN = 2000  # messages that are looked at while the lock is held
 _PIECE = 32768  # bytes of messages that are sent at a time to one who catches up
@@ -1337,7 +1338,7 @@ _MAX_PATTERN_SIZE = 256  # characters: each size that anybody joined is looked f
 
 def encode_id(position: int) -> str:
     """Write an id as clients see it."""
-    return f"{position >> _COUNTER_BITS}-{position & (1 << _COUNTER_BITS) - 1}"
+    return f"{position >> _COUNTER_BITS}-{position & _COUNTER}"
 
 
 def _now() -> int:
@@ -1385,7 +1386,7 @@ Entry = tuple[int, bytes]  # a message in the log: its id, its JSON without that
 def encode_entry(entry: Entry) -> bytes:
     """Encode a message with its id."""
     position, payload = entry
-    return b'{"id":"%b",%b' % (encode_id(position).encode(), payload[1:])
+    return b'{"id":"%d-%d",%b' % (position >> _COUNTER_BITS, position & _COUNTER, payload[1:])
 
 
 class Encoder:
