@@ -672,6 +672,31 @@ def read_frames(sock: socket.socket, count: int, seconds: float = STUCK) -> byte
     return data
 
 
+def read_what_was_missed(sockets: list[socket.socket], missed: bytes) -> None:
+    """Read until each has a first frame and these bytes behind it. Raises LoadFailed."""
+    poller, wait = open_poller()
+    under_way = {sock.fileno(): sock for sock in sockets}
+    at = dict.fromkeys(under_way, -1)  # bytes of it that have come; -1: not yet the first frame
+    for number, sock in under_way.items():
+        sock.setblocking(False)
+        poller.register(number, READ)
+    while under_way:
+        ready = wait(STUCK)
+        if not ready:
+            raise LoadFailed("this server sends nothing of the past")
+        for number, _ in ready:
+            data = under_way[number].recv(1 << 20)
+            if at[number] < 0:
+                data, at[number] = data[decode_head(data, 0)[2]:], 0
+            part = missed[at[number]:at[number] + len(data)]
+            if data[:len(part)] != part:
+                raise LoadFailed("what came back is not what was missed")
+            at[number] += len(part)
+            if at[number] == len(missed):
+                poller.unregister(number)
+                del under_way[number]
+
+
 def load_return(load: Load, port: int, pid: int, secret: str, seconds: float) -> dict[str, Any]:
     """Let subscribers come back at once and read what they missed, beside one that stayed.
 
@@ -681,8 +706,7 @@ def load_return(load: Load, port: int, pid: int, secret: str, seconds: float) ->
     begin = read_frames(stayed, 1)
     position = json.loads(begin[2 if begin[1] < 126 else 4:])["connected"]["id"]
     publisher, = connect_all(port, upgrades(port, secret, 1, "write"))
-    one = dataclasses.replace(load, publishers=1)
-    messages = encode_messages(one, 0, load.most + 10_000)
+    messages = encode_messages(load, 0, load.most + 10_000)
     size = len(messages) // (load.most + 10_000)
     publisher.settimeout(None)
     sender = threading.Thread(target=publisher.sendall, args=(messages[:size * load.most],))
@@ -706,27 +730,7 @@ def load_return(load: Load, port: int, pid: int, secret: str, seconds: float) ->
     staying.start()
     try:
         returned = connect_all(port, requests)
-        poller, wait = open_poller()
-        at = {sock.fileno(): -1 for sock in returned}  # bytes of what it missed; -1: none yet
-        by_number = {sock.fileno(): sock for sock in returned}
-        for number, sock in by_number.items():
-            sock.setblocking(False)
-            poller.register(number, READ)
-        while by_number:
-            ready = wait(STUCK)
-            if not ready:
-                raise LoadFailed("this server sends nothing of the past")
-            for number, _ in ready:
-                data = by_number[number].recv(1 << 20)
-                if at[number] < 0:
-                    data, at[number] = data[decode_head(data, 0)[2]:], 0
-                part = missed[at[number]:at[number] + len(data)]
-                if data[:len(part)] != part:
-                    raise LoadFailed("what came back is not what was missed")
-                at[number] += len(part)
-                if at[number] == len(missed):
-                    poller.unregister(number)
-                    del by_number[number]
+        read_what_was_missed(returned, missed)
         result: dict[str, Any] = meter.read(load.most * load.subscribers)
     finally:
         over.set()

@@ -476,11 +476,6 @@ def _quoted(text: str) -> str:
     return _quote(text) if text.isascii() or _is_encodable(text) else _quote_ascii(text)
 
 
-def encode_answer(value: Mapping[str, Any], ref: str | None = None) -> bytes:
-    """Encode what the server itself tells a client, with the `ref` that it gave."""
-    return json.dumps(value if ref is None else {**value, "ref": ref}).encode()
-
-
 # ------------------------------------------------------------------------------------------- frames
 # RFC 6455, section 5. What the server sends is not masked, so one encoded frame serves all
 # subscribers. What clients send is taken apart here, messages, fragments and pings alike; wsproto's
@@ -515,6 +510,12 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
     if size < 65536:
         return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
     return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
+
+
+def encode_answer(value: Mapping[str, Any], ref: str | None = None) -> bytes:
+    """Encode a text frame of what the server itself tells, with the `ref` that the client gave."""
+    text = json.dumps(value if ref is None else {**value, "ref": ref})
+    return encode_frame(Opcode.TEXT, text.encode())
 
 
 def encode_close(code: int, reason: str) -> bytes:
@@ -1359,17 +1360,18 @@ def parse_past(since: Any, last: Any) -> Past:
     if last is not None:
         if not re.fullmatch("[0-9]{1,5}", str(last), re.ASCII) or int(last) > _MAX_LAST:
             raise Refused(f"last must be a number from 0 to {_MAX_LAST}, not {_shown(last)}")
+    count = int(last or 0)
     if since is None or since == "now":
-        return Past(None, False, int(last or 0), since is not None or last is not None)
+        return Past(None, False, count, since is not None or last is not None)
     text = since if isinstance(since, str) else ""
     if match := _ID.fullmatch(text):
-        return Past(int(match[1]) << _COUNTER_BITS | int(match[2]), False, int(last or 0), True)
+        return Past(int(match[1]) << _COUNTER_BITS | int(match[2]), False, count, True)
     try:
         ago = int(1000 * parse_duration(text))
     except ValueError:
         raise Refused(f"since must be an id such as 1700000000000-0, a duration such as 10m, or "
                       f"now, not {_shown(since)}") from None
-    return Past(max(0, _now() - (ago << _COUNTER_BITS)), True, int(last or 0), True)
+    return Past(max(0, _now() - (ago << _COUNTER_BITS)), True, count, True)
 
 
 def parse_duration(text: str) -> float:
@@ -1477,15 +1479,12 @@ class History:
         kept, prefixes = self.names, names.prefixes
         begin = bisect.bisect_right(self.ids, position, self.start)
         end = min(begin + _SCAN // (1 + len(prefixes) // 10) + 1, len(self.ids))
-        entries, size = [], 0
-        for at in range(begin, end):
+        entries, full = self._gather(
+            at for at in range(begin, end)
             if (kept[at] in names or prefixes and kept[at].startswith(prefixes)) and not (
-                    live and self.ids[at] > begun and live.cover(kept[at])):
-                entries.append((self.ids[at], self.payloads[at]))
-                size += len(self.payloads[at])
-                if size >= self.piece:
-                    end = at + 1
-                    break
+                live and self.ids[at] > begun and live.cover(kept[at])))
+        if full:
+            return entries, entries[-1][0]
         return entries, self.ids[end - 1] if end > begin else position
 
     def ends_at(self, position: int) -> bool:
@@ -1494,14 +1493,18 @@ class History:
 
     def find(self, ids: Iterable[int]) -> list[Entry]:
         """Read a piece of the messages with these ids, which are kept and rise."""
+        return self._gather(
+            bisect.bisect_left(self.ids, position, self.start) for position in ids)[0]
+
+    def _gather(self, indexes: Iterable[int]) -> tuple[list[Entry], bool]:
+        # Returns also whether that fills a piece: then there may be more.
         entries, size = [], 0
-        for position in ids:
-            at = bisect.bisect_left(self.ids, position, self.start)
-            entries.append((position, self.payloads[at]))
+        for at in indexes:
+            entries.append((self.ids[at], self.payloads[at]))
             size += len(self.payloads[at])
             if size >= self.piece:
-                break
-        return entries
+                return entries, True
+        return entries, False
 
     def last(self, count: int, names: Iterable[str]) -> list[int]:
         """List the ids of the last messages of each channel."""
@@ -1592,7 +1595,6 @@ class Log:
                 if at_end and len(entries) <= _LAST_PIECE:
                     connection.put(subscriber.encoder.encode(entries) + after(position, complete))
                     self._join(subscriber, names)
-                    subscriber.live = True
                     return
             connection.put(subscriber.encoder.encode(entries))
             yield
@@ -1701,6 +1703,7 @@ class Log:
 
     def _join(self, subscriber: Subscriber, names: Iterable[str]) -> None:
         connection = subscriber.connection
+        subscriber.live = True
         self.issuers[subscriber.id] = connection
         for name in names:
             if name not in self.joined:
@@ -1793,8 +1796,8 @@ class Batch:
             self.payloads = []
             if self.refs:
                 for index, ref in self.refs:
-                    self.connection.put(encode_frame(Opcode.TEXT, encode_answer(
-                        {"published": {"ref": ref, "id": encode_id(first + index)}})))
+                    self.connection.put(encode_answer(
+                        {"published": {"ref": ref, "id": encode_id(first + index)}}))
                 self.refs = []
 
     def flush(self) -> None:
@@ -1850,7 +1853,6 @@ class Subscriber:
             self.follow(self.channels, self.past, self.encode_beginning, lambda *_: b"")
         else:
             self.server.log.join(self, self.channels)
-            self.live = True
         connection.flush()
         self.serve()
         log.info("%s: %s disconnected", connection.address, self.id)
@@ -1883,8 +1885,11 @@ class Subscriber:
             if self.end(EXPIRED, "token expired"):
                 self.connection.log(logging.INFO, "%s the token expired", self.id)
             return None
-        interval = self.server.settings.ping_interval
-        due = min(now + time_left, self.on_heartbeat(now, interval) if interval else math.inf)
+        due = now + time_left
+        if interval := self.server.settings.ping_interval:
+            if self.encoder.with_ids:
+                due = min(due, self.tell_position(now, interval))
+            due = min(due, self.on_heartbeat(now, interval))
         return due if due < math.inf else None
 
     def on_heartbeat(self, now: float, interval: float) -> float:
@@ -2073,12 +2078,9 @@ class WebSocket(Subscriber):
             connection.log(logging.INFO if error.code == "forbidden" else logging.WARNING,
                            "%s message dropped: %s", self.id, error)
             self.batch.flush()
-            self._tell({"error": error.code, "reason": str(error)}, ref)
+            connection.put(encode_answer({"error": error.code, "reason": str(error)}, ref))
             self.delay = max(connection.charge(1 + len(text) / _BAD_BYTES),
                              connection.rate.take(_REFUSED_COST))
-
-    def _tell(self, value: Mapping[str, Any], ref: str | None = None) -> None:
-        self.connection.put(encode_frame(Opcode.TEXT, encode_answer(value, ref)))
 
     def _change_subscriptions(self, value: dict[str, Any], ref: str | None) -> None:
         # A subscription may take long: it is served by read_messages(), which calls _subscribe().
@@ -2088,7 +2090,7 @@ class WebSocket(Subscriber):
             names = check_names(value["unsubscribe"])
             self.server.log.leave(self, names)
             self.channels = Names(self.channels - {*names})
-            self._tell({"unsubscribed": {"channels": names}}, ref)
+            self.connection.put(encode_answer({"unsubscribed": {"channels": names}}, ref))
             return
         names = check_names(value["subscribe"])
         past = parse_past(value.get("since"), value.get("last"))
@@ -2104,10 +2106,10 @@ class WebSocket(Subscriber):
             if past.resumable and not self.encoder.with_ids:
                 self.server.log.add_ids(self)
                 self.server.poller.call_at(self.connection, time.monotonic())  # see tell_position()
-            new = Names(frozenset(names) - self.channels)
-            self.follow(new, past, lambda *_: b"", lambda position, resumed: encode_frame(
-                Opcode.TEXT, encode_answer({"subscribed": {
-                    "channels": names, "id": encode_id(position), "resumed": resumed}}, ref)))
+            new = Names({*names} - self.channels)
+            self.follow(new, past, lambda *_: b"", lambda position, resumed: encode_answer(
+                {"subscribed": {"channels": names, "id": encode_id(position), "resumed": resumed}},
+                ref))
 
     def flush(self) -> None:
         """Write to all subscribers, and what is for this connection itself."""
@@ -2130,12 +2132,6 @@ class WebSocket(Subscriber):
             self.moved = now
         self.acknowledged, self.unacknowledged = acknowledged, unacknowledged
         heard = max(connection.last_received, self.moved)
-        if self.encoder.with_ids:
-            return min(self.tell_position(now, interval), self._see_to_pings(now, interval, heard))
-        return self._see_to_pings(now, interval, heard)
-
-    def _see_to_pings(self, now: float, interval: float, heard: float) -> float:
-        connection = self.connection
         if now < heard + interval:
             return heard + interval
         if self.pinged <= heard:
@@ -2155,17 +2151,17 @@ class WebSocket(Subscriber):
 
     def encode_beginning(self, position: int, resumed: bool) -> bytes:
         """Encode a message with what the client has to know to come back."""
-        return encode_frame(Opcode.TEXT, encode_answer({"connected": {
+        return encode_answer({"connected": {
             "issuer": self.id, "id": encode_id(position), "resumed": resumed,
-            "channels": sorted(self.channels), "ping": self.server.settings.ping_interval}}))
+            "channels": sorted(self.channels), "ping": self.server.settings.ping_interval}})
 
     def encode_position(self, position: int) -> bytes:
         """Encode a message with nothing but an id."""
-        return encode_frame(Opcode.TEXT, encode_answer({"id": encode_id(position)}))
+        return encode_answer({"id": encode_id(position)})
 
     def encode_gap(self, position: int) -> bytes:
         """Encode a gap as a message."""
-        return encode_frame(Opcode.TEXT, encode_answer({"gap": {"id": encode_id(position)}}))
+        return encode_answer({"gap": {"id": encode_id(position)}})
 
     def encode_end(self, code: int, reason: str) -> bytes:
         """Encode a close frame."""
@@ -2238,10 +2234,9 @@ class EventStream(Subscriber):
 
         A client that is gone is found out by the system, which waits for its acknowledgement.
         """
-        if self.encoder.with_ids:
-            return self.tell_position(now, interval)
-        self.connection.put(b":\n\n")
-        self.connection.flush()
+        if not self.encoder.with_ids:  # the others are told their position
+            self.connection.put(b":\n\n")
+            self.connection.flush()
         return now + interval
 
     # Any thread
@@ -2689,7 +2684,7 @@ def check_local(request: Request) -> None:
                         f"{_shown(origin)}", "protected")
 
 
-def find_subscription(kind: Any, handler: HTTPHandler, request: Request) -> Subscription:
+def find_past(handler: HTTPHandler, request: Request) -> tuple[Names, Past]:
     """Take from the query which channels a client asks for, and of what time."""
     key, given = request.key, request.query
     names = Names(given["channel"]) if "channel" in given else key.read
@@ -2706,21 +2701,21 @@ def find_subscription(kind: Any, handler: HTTPHandler, request: Request) -> Subs
         past = parse_past(*(given.get(name, [None])[0] for name in ("since", "last")))
     except Refused as error:
         raise HTTPError(400, str(error), error.code.replace("message", "request")) from None
-    return Subscription(kind, key, names, past)
+    return names, past
 
 
 def open_websocket(handler: HTTPHandler, request: Request) -> Response:
     """Answer an opening handshake (RFC 6455, section 4.2.2); extensions are declined."""
     accept = generate_accept_token(request.headers["sec-websocket-key"].encode()).decode()
     return Response(101, b"", {**_UPGRADE, "Sec-WebSocket-Accept": accept},
-                    find_subscription(WebSocket, handler, request))
+                    Subscription(WebSocket, request.key, *find_past(handler, request)))
 
 
 def follow_events(handler: HTTPHandler, request: Request) -> Response:
     """GET /api/events: follow channels, by default all that the token may read."""
     if "last-event-id" in request.headers:  # of a browser that comes back
         request.query["since"] = [request.headers["last-event-id"]]
-    subscription = find_subscription(EventStream, handler, request)
+    subscription = Subscription(EventStream, request.key, *find_past(handler, request))
     kinds = {word.partition(";")[0].strip() for word in request.tokens("accept")}
     if not kinds & {"", "*/*", "text/*", "text/event-stream"}:
         raise HTTPError(406, "this is a text/event-stream")
@@ -2732,7 +2727,7 @@ def follow_events(handler: HTTPHandler, request: Request) -> Response:
 def tell_history(handler: HTTPHandler, request: Request) -> Response:
     """GET /api/history: what is kept, some MAX_QUEUE_SIZE bytes at most; there is more behind `id`.
     """
-    _, _, names, past = find_subscription(EventStream, handler, request)
+    names, past = find_past(handler, request)
     if not past.resumable:
         past = Past(0, True)
     entries, position, complete = handler.server.log.read(
@@ -3647,13 +3642,13 @@ class Client:
         begin = value["connected"]
         names = Names(begin["channels"])
         with self._changed:
-            since, coming_back = self._position, bool(self._position)
+            since = self._position  # empty at first
             link.channels = names
             link.patience = 2 * float(begin["ping"]) or math.inf  # it tells that it lives
             self._issuers.append(begin["issuer"])
             if not begin["resumed"]:
                 self._put(Gap(), 0)
-            if not coming_back or not begin["resumed"]:
+            if not since or not begin["resumed"]:
                 self._position = begin["id"]
             if later:
                 self._add_request(_Request({"subscribe": later, **past}, False))
@@ -4298,7 +4293,11 @@ class _Connection(Client):
 
     def on_disconnect(self, error: Exception, pause: float) -> None:
         """Tell why it is not."""
-        _tell(f"{_without_token(self.arguments.url)}: {error}; trying again in {pause:.2f} seconds")
+        _tell_pause(self.arguments, error, pause)
+
+
+def _tell_pause(arguments: argparse.Namespace, error: Exception, seconds: float) -> None:
+    _tell(f"{_without_token(arguments.url)}: {error}; trying again in {seconds:.2f} seconds")
 
 
 def _token_for(arguments: argparse.Namespace, read: Sequence[str],
@@ -4334,7 +4333,7 @@ def _subscribe(arguments: argparse.Namespace) -> int:
             if isinstance(error, Unauthorized) and error.status < 500:
                 raise
             wait = random.uniform(pause / 2, pause)
-            _tell(f"{_without_token(arguments.url)}: {error}; trying again in {wait:.2f} seconds")
+            _tell_pause(arguments, error, wait)
             time.sleep(wait)
             pause = min(2 * pause, _LAST_PAUSE)
     with client:

@@ -1022,7 +1022,7 @@ def test_what_a_full_connection_holds_back_is_counted_to_the_byte(unserved):
 
 # Who waits for which lock: what it guards is said where it is made.
 
-def PLAIN(*_):
+def nothing(*_):
     return b""
 
 
@@ -1039,7 +1039,7 @@ LOCKED = {
         lambda s, c, w: s.log.totals(), lambda s, c, w: s.log.join(w, ["a"]),
         lambda s, c, w: s.log.leave(w, ["a"]), lambda s, c, w: s.log.forget(w),
         lambda s, c, w: s.log.append("a", [b"{}"], w.id, b"", {}),
-        lambda s, c, w: list(s.log.replay(w, w.channels, w.past, w.channels, PLAIN, PLAIN)),
+        lambda s, c, w: list(s.log.replay(w, w.channels, w.past, w.channels, nothing, nothing)),
         lambda s, c, w: s.log.read(w.channels, w.past, 1), lambda s, c, w: s.log.position_for(w),
         lambda s, c, w: s.log.add_ids(w)]),
     "admission": (lambda s, c, w: s.admission.lock, [
@@ -2873,7 +2873,7 @@ def replaying(server, past, count, payload=b'{"data":1}'):
         for _ in range(count):
             server.log.append("a", [payload], "x", b"", {})
         yield connection, websocket, server.log.replay(
-            websocket, names, past, philote.Names(), PLAIN, PLAIN)
+            websocket, names, past, philote.Names(), nothing, nothing)
 
 
 def test_who_is_sent_the_last_messages_and_overtaken_is_told_of_a_gap(unserved):
@@ -2975,10 +2975,10 @@ def test_the_history_takes_what_its_size_says(size, traced):
 
 def test_the_names_of_channels_are_held_within_the_size_of_the_history(traced):
     log = philote.Log(philote.Settings(history_size=4 << 20))
-    for make_name in (lambda i: f"user.{i}", lambda i: f"{i}" + "\U0001f600" * 100_000):
+    for count, tail in (4000, ""), (50, "\U0001f600" * 100_000):
         before = traced()[0]
-        for i in range(4000 if make_name(0)[0] == "u" else 50):
-            log.append(make_name(i), [b'{"issuer":"x","data":"y"}'], "x", b"", {})
+        for i in range(count):
+            log.append(f"user.{i}{tail}", [b'{"issuer":"x","data":"y"}'], "x", b"", {})
         assert traced()[0] - before < 6 << 20
     assert 0 < len(log.history.by_name) < 50 and log.history.size <= 4 << 20
     log.history.trim(philote._now() + (1000 * 1000 << 64))
@@ -3724,10 +3724,12 @@ def test_forbidden_is_raised_once_and_the_connection_stays(client, writer, call,
 
 
 @pytest.mark.parametrize("by_close", [True, False], ids=["close", "block"])
-def test_forbidden_is_raised_by_the_end_and_the_rest_has_arrived(server, by_close):
+def test_forbidden_is_raised_by_the_end_and_the_rest_has_arrived(server, monkeypatch, by_close):
+    _, go = hold(monkeypatch, philote.WebSocket, "receive")
     with pytest.raises(philote.Forbidden, match='"secret"'), connect(server, write=["a"]) as client:
         client.publish("secret", "x")
-        client.publish("a", "x")
+        client.publish("a", "x")  # the refusal has not come: it would be raised here
+        go.set()
         if by_close:
             client.close()
     wait_until(lambda: subscriber_count(server) == 0)
