@@ -4171,10 +4171,11 @@ def _on_one_line(text: str) -> str:
 
 def _serve(_: argparse.Namespace) -> int:
     settings = Settings.from_environ(os.environ)
-    handler = _configure_log(settings)
-    # Taken one by one with sigwait(), signals interrupt no thread in the middle of anything.
+    # Taken one by one with sigwait(), signals interrupt no thread in the middle of anything. They
+    # are blocked before any thread is there: one that did not block them would be ended by them.
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+    handler = _configure_log(settings)
     # JSON nested deeply needs it; memory that is not touched costs nothing.
     threading.stack_size(2 << 20)
     _raise_descriptor_limit(settings)

@@ -4368,6 +4368,14 @@ def test_it_says_what_runs_where_and_how_and_warns_of_a_weak_secret(words, secre
     assert not secret or secret not in err
 
 
+def test_a_signal_that_comes_before_anybody_waits_for_it_ends_it_with_0():
+    program = ("import os, philote, time\n"
+               "philote._greet = lambda _: (os.kill(os.getpid(), 15), time.sleep(0.3))\n"
+               "philote.main(['serve'])")
+    status, out, err = run(launcher=[sys.executable, "-c", program], HOST="127.0.0.1", PORT="0")
+    assert (status, out) == (0, "") and "SIGTERM: shutting down" in err
+
+
 def test_bad_settings_are_reported_together_with_2():
     bad = {"PORT": "x", "LOGLEVEL": "loud", "MAX_CONNECTIONS": "0", "READ_BUFFER_SIZE": "1k",
            "WRITE_BUFFER_SIZE": "", "CHECK_ORIGIN": "maybe", "SHUTDOWN_TIMEOUT": "-1"}
