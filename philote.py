@@ -90,6 +90,7 @@ import json.encoder
 import logging
 import logging.handlers
 import math
+import operator
 import os
 import platform
 import queue
@@ -409,7 +410,9 @@ _quote, _quote_ascii = json.encoder.encode_basestring, json.encoder.encode_bases
 def decode_json(text: str) -> Any:
     """Decode JSON text from outside. Raises Refused, whatever the text holds."""
     try:
-        return _decoder.decode(text)
+        # Half of decode()'s time goes into a look for white space around it.
+        value, end = _decoder.raw_decode(text) if text[:1] == "{" else (None, -1)
+        return value if end == len(text) else _decoder.decode(text)
     except json.JSONDecodeError as error:
         raise Refused(f"not JSON: {error}") from None
     except (ValueError, RecursionError):  # a number of 5,000 digits, NaN; 200,000 brackets
@@ -1332,7 +1335,8 @@ _ID = re.compile("([0-9]{1,19})-([0-9]{1,19})", re.ASCII)
 _SCAN = 2000  # messages that are looked at while the lock is held
 _PIECE = 32768  # bytes of messages that are sent at a time to one who catches up
 _LAST_PIECE = 64  # messages that may be encoded under the lock
-_KEPT_OVERHEAD = 150  # bytes that Python takes to keep a message, beside its JSON
+_KEPT_OVERHEAD = 64  # bytes that Python takes to keep a message, beside its JSON
+_GROUP_OVERHEAD = 250  # and to keep together what was published together
 _CHANNEL_OVERHEAD = 900  # and to keep the ids of a channel, beside its name
 _MAX_PATTERN_SIZE = 256  # characters: each size that anybody joined is looked for at each message
 
@@ -1410,63 +1414,67 @@ def check_subscriptions(names: Names, settings: Settings) -> None:
         raise Refused(f"a pattern may have {_MAX_PATTERN_SIZE} characters")
 
 
+# Messages that were published together: the first one's id, the channel, the JSON of each, bytes.
+Group = tuple[int, str, Sequence[bytes], int]
+_FORGOTTEN: Group = 0, "", (), 0
+
+
 class History:
-    """The last messages of the log, within a time and a size. Guarded by the log's lock."""
+    """The last messages of the log, within a time and a size. Guarded by the log's lock.
+
+    Messages that were published together stay together: they are kept and forgotten as one.
+    """
 
     def __init__(self, settings: Settings, floor: int) -> None:
         self.limit = settings.history_size if settings.history_time else 0
         self.time = int(1000 * settings.history_time) << _COUNTER_BITS
         self.floor = floor  # all that was published behind this id is here
         self.size = 0  # bytes, overhead included
-        # By age, from index `start` on: id, channel and JSON of each.
-        self.ids: list[int] = []
-        self.names: list[str] = []
-        self.payloads: list[bytes] = []
+        self.count = 0  # messages
+        self.groups: list[Group] = []  # by age, from index `start` on
         self.start = 0
-        # By channel: its name, which is held once, and the ids of its messages.
-        self.by_name: dict[str, tuple[str, collections.deque[int]]] = {}
+        self.by_name: dict[str, tuple[str, collections.deque[Group]]] = {}  # the name is held once
         self.piece = min(_PIECE, settings.max_queue_size >> 1)
-
-    def __len__(self) -> int:
-        return len(self.ids) - self.start
 
     def append(self, first: int, name: str, payloads: Sequence[bytes]) -> None:
         """Keep messages with consecutive ids."""
+        size = sum(map(len, payloads)) + _GROUP_OVERHEAD + len(payloads) * _KEPT_OVERHEAD
+        if size > self.limit >> 3 and len(payloads) > 1:  # too much to be forgotten at once
+            for position, payload in enumerate(payloads, first):
+                self.append(position, name, [payload])
+            return
         if (kept := self.by_name.get(name)) is None:
             kept = self.by_name[name] = name, collections.deque()
             self.size += sys.getsizeof(name) + _CHANNEL_OVERHEAD
-        (name, numbers), ids, position, size = kept, self.ids, first, self.size
-        names, kept_payloads = self.names, self.payloads
-        for payload in payloads:
-            ids.append(position)
-            numbers.append(position)
-            names.append(name)
-            kept_payloads.append(payload)
-            size += len(payload) + _KEPT_OVERHEAD
-            position += 1
-        self.size = size
-        if size > self.limit or ids[self.start] < first - self.time:
+        group = first, kept[0], payloads, size
+        kept[1].append(group)
+        self.groups.append(group)
+        self.count += len(payloads)
+        self.size += size
+        if self.size > self.limit or self.groups[self.start][0] < first - self.time:
             self.trim(first)
 
     def trim(self, now: int) -> None:
         """Forget what is too old or too much."""
-        ids, names, payloads, at, oldest = (
-            self.ids, self.names, self.payloads, self.start, now - self.time)
-        most, size = at + _SCAN, self.size  # so many at a time; others go with the next messages
-        limit = self.limit if size <= self.limit else self.limit - (self.limit >> 6)
-        while at < len(ids) and (size > limit or ids[at] < oldest and at < most):
-            name, kept = self.by_name[names[at]]
-            size -= len(payloads[at]) + _KEPT_OVERHEAD
-            self.floor = kept.popleft()
+        groups, at, oldest = self.groups, self.start, now - self.time
+        most = at + _SCAN  # so many at a time; others go with the next messages
+        limit = self.limit if self.size <= self.limit else self.limit - (self.limit >> 6)
+        while at < len(groups) and (
+                self.size > limit or groups[at][0] < oldest and at < most):
+            first, name, payloads, size = groups[at]
+            groups[at] = _FORGOTTEN
+            at += 1
+            self.floor = first + len(payloads) - 1
+            self.count -= len(payloads)
+            self.size -= size
+            kept = self.by_name[name][1]
+            kept.popleft()
             if not kept:
                 del self.by_name[name]
-                size -= sys.getsizeof(name) + _CHANNEL_OVERHEAD
-            names[at], payloads[at] = "", b""
-            at += 1
-        self.size = size
+                self.size -= sys.getsizeof(name) + _CHANNEL_OVERHEAD
         self.start = at
-        if at > 1000 and at > len(ids) >> 1:
-            del ids[:at], names[:at], payloads[:at]
+        if at > 1000 and at > len(groups) >> 1:
+            del groups[:at]
             self.start = 0
 
     def behind(self, position: int, names: Names, live: Names, begun: int,
@@ -1476,43 +1484,50 @@ class History:
         What was published since `begun` is left out where it is among `live`, which the subscriber
         has had since then.
         """
-        kept, prefixes = self.names, names.prefixes
-        begin = bisect.bisect_right(self.ids, position, self.start)
-        end = min(begin + _SCAN // (1 + len(prefixes) // 10) + 1, len(self.ids))
-        entries, full = self._gather(
-            at for at in range(begin, end)
-            if (kept[at] in names or prefixes and kept[at].startswith(prefixes)) and not (
-                live and self.ids[at] > begun and live.cover(kept[at])))
-        if full:
-            return entries, entries[-1][0]
-        return entries, self.ids[end - 1] if end > begin else position
+        prefixes, entries, size = names.prefixes, list[Entry](), 0
+        begin = self._index(position + 1)
+        end = begin + _SCAN // (1 + len(prefixes) // 10) + 1
+        for first, name, payloads, _ in self.groups[begin:end]:
+            if (name in names or prefixes and name.startswith(prefixes)) and not (
+                    live and first > begun and live.cover(name)):
+                done = max(0, position + 1 - first)
+                for number, payload in enumerate(payloads[done:], first + done):
+                    entries.append((number, payload))
+                    size += len(payload)
+                    if size >= self.piece:
+                        return entries, number
+            position = max(position, first + len(payloads) - 1)
+        return entries, position
 
     def ends_at(self, position: int) -> bool:
         """Whether nothing lies behind an id."""
-        return not len(self) or position >= self.ids[-1]
+        return not self.count or position >= self.groups[-1][0] + len(self.groups[-1][2]) - 1
 
     def find(self, ids: Iterable[int]) -> list[Entry]:
         """Read a piece of the messages with these ids, which are kept and rise."""
-        return self._gather(
-            bisect.bisect_left(self.ids, position, self.start) for position in ids)[0]
-
-    def _gather(self, indexes: Iterable[int]) -> tuple[list[Entry], bool]:
-        # Returns also whether that fills a piece: then there may be more.
-        entries, size = [], 0
-        for at in indexes:
-            entries.append((self.ids[at], self.payloads[at]))
-            size += len(self.payloads[at])
+        entries, size = list[Entry](), 0
+        for position in ids:
+            first, _, payloads, _ = self.groups[self._index(position)]
+            entries.append((position, payloads[position - first]))
+            size += len(payloads[position - first])
             if size >= self.piece:
-                return entries, True
-        return entries, False
+                break
+        return entries
 
     def last(self, count: int, names: Iterable[str]) -> list[int]:
         """List the ids of the last messages of each channel."""
         found: list[int] = []
         for name in names if count else ():
             if name in self.by_name:
-                found += itertools.islice(reversed(self.by_name[name][1]), count)
+                found += itertools.islice(
+                    (position for first, _, payloads, _ in reversed(self.by_name[name][1])
+                     for position in reversed(range(first, first + len(payloads)))), count)
         return sorted(found)
+
+    def _index(self, position: int) -> int:
+        # Of the group that has this id or, if that is forgotten, the first of all.
+        return max(self.start, bisect.bisect_right(
+            self.groups, position, self.start, key=operator.itemgetter(0)) - 1)
 
 
 class Log:
@@ -1650,9 +1665,9 @@ class Log:
         """Count what there is."""
         with self.lock:
             self.history.trim(_now())
-            oldest = self.history.ids[self.history.start] if len(self.history) else 0
+            oldest = self.history.groups[self.history.start][0] if self.history.count else 0
             return {
-                "channels": len(self.joined), "history_messages": len(self.history),
+                "channels": len(self.joined), "history_messages": self.history.count,
                 "history_bytes": self.history.size, "history_oldest": oldest,
                 "resumed": self.resumed, "not_resumed": self.not_resumed, "gaps": self.gaps}
 
