@@ -507,12 +507,18 @@ class Frame(NamedTuple):
 
 def encode_frame(opcode: int, payload: bytes) -> bytes:
     """Encode a whole, unmasked frame (RFC 6455, section 5.2)."""
-    size = len(payload)
-    if size < 126:
-        return bytes((0x80 | opcode, size)) + payload
-    if size < 65536:
-        return struct.pack("!BBH", 0x80 | opcode, 126, size) + payload
-    return struct.pack("!BBQ", 0x80 | opcode, 127, size) + payload
+    return encode_frames(opcode, [payload])
+
+
+def encode_frames(opcode: int, payloads: Iterable[bytes]) -> bytes:
+    """Encode many frames. In one loop: a function for each would take half of the time."""
+    parts, first = list[bytes](), 0x80 | opcode
+    for payload in payloads:
+        size = len(payload)
+        parts += (bytes((first, size)) if size < 126
+                  else struct.pack("!BBH", first, 126, size) if size < 65536
+                  else struct.pack("!BBQ", first, 127, size)), payload
+    return b"".join(parts)
 
 
 def encode_answer(value: Mapping[str, Any], ref: str | None = None) -> bytes:
@@ -1389,10 +1395,10 @@ def parse_duration(text: str) -> float:
 Entry = tuple[int, bytes]  # a message in the log: its id, its JSON without that
 
 
-def encode_entry(entry: Entry) -> bytes:
-    """Encode a message with its id."""
-    position, payload = entry
-    return b'{"id":"%d-%d",%b' % (position >> _COUNTER_BITS, position & _COUNTER, payload[1:])
+def encode_entries(entries: Iterable[Entry]) -> list[bytes]:
+    """Encode messages with their ids."""
+    return [b'{"id":"%d-%d",%b' % (position >> _COUNTER_BITS, position & _COUNTER, payload[1:])
+            for position, payload in entries]
 
 
 class Encoder:
@@ -1970,10 +1976,8 @@ class WebSocket(Subscriber):
     """A WebSocket connection. simple-websocket runs the protocol, in the connection's thread."""
 
     encoders = (
-        Encoder(lambda entries: b"".join([
-            encode_frame(Opcode.TEXT, payload) for payload in entries]), False),
-        Encoder(lambda entries: b"".join([
-            encode_frame(Opcode.TEXT, encode_entry(entry)) for entry in entries]), True))
+        Encoder(lambda payloads: encode_frames(Opcode.TEXT, payloads), False),
+        Encoder(lambda entries: encode_frames(Opcode.TEXT, encode_entries(entries)), True))
 
     def __init__(self, connection: Connection, key: AccessKey, channels: Names, past: Past,
                  rest: bytes) -> None:
@@ -2749,7 +2753,7 @@ def tell_history(handler: HTTPHandler, request: Request) -> Response:
         names, past, handler.server.settings.max_queue_size)
     complete = complete or "since" not in request.query
     return Response(200, b'{"messages":[%b],"id":"%b","complete":%b}\n' % (
-        b",".join(map(encode_entry, entries)), encode_id(position).encode(),
+        b",".join(encode_entries(entries)), encode_id(position).encode(),
         b"true" if complete else b"false"), {**_JSON, "Cache-Control": "no-store"})
 
 
