@@ -4984,6 +4984,8 @@ input:not([type=checkbox]), textarea, button { font: inherit; color: var(--text)
   background: var(--back); }
 input:not([type=checkbox]), textarea { width: 100%; }
 #last { width: 5.5rem; } #since { width: 6.5rem; }
+details { margin-top: .75rem; } summary { cursor: pointer; }
+#outcome { align-self: center; font-size: .875rem; overflow-wrap: anywhere; }
 textarea { resize: vertical; font-family: ui-monospace, monospace; }
 .secret { -webkit-text-security: disc; }
 button { cursor: pointer; }
@@ -5324,7 +5326,10 @@ function on(id, type, work) {
 
 on("connect", "submit", connect);
 on("make", "click", makeToken);
-on("cut", "click", () => dispatchEvent(new Event("offline")));  // as if the network were gone
+on("cut", "click", () => {
+  add({ note: "cut by hand" });
+  dispatchEvent(new Event("offline")); // as if the network were gone
+});
 on("leave", "click", () => { philote.close(); philote = null; follow(""); });
 on("publish", "submit", publish);
 on("clear", "click", () => {
