@@ -4612,8 +4612,8 @@ export class Philote extends EventTarget {
       if (attempt === this.#attempt) this.#open(this.#address(token.trim()));
     } catch (error) {
       if (attempt !== this.#attempt) return;
-      this.#emit("error", { code: "token", reason: String(error) });
-      if (attempt === this.#attempt) this.#end(1006, "there is no token to connect with");
+      this.#emit("error", { code: "token", reason: String(error) }); // or it has no address
+      if (attempt === this.#attempt) this.#end(1006, "there is nothing to connect with");
     }
   }
 
@@ -5149,8 +5149,12 @@ function render({ time, note, isBad, isOwn, message }) {
   text.append(make("span", message.id, "id quiet"));
   copy.type = "button";
   copy.onclick = async () => {
-    await navigator.clipboard?.writeText(JSON.stringify(message));
-    copy.textContent = "Copied";
+    try {
+      await navigator.clipboard.writeText(JSON.stringify(message));
+      copy.textContent = "Copied";
+    } catch {
+      copy.textContent = "No access";
+    }
   };
   element.append(clock, who, text, copy);
   return element;

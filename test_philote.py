@@ -18,6 +18,7 @@ import gc
 import hashlib
 import hmac
 import http.client
+import http.server
 import itertools
 import json
 import logging
@@ -1583,7 +1584,7 @@ INFO = ("version python implementation gil num_cpu pid uptime_in_seconds tcp_por
         "max_connections channels read_buffer_size write_buffer_size check_origin host loglevel "
         "max_message_size max_queue_size max_message_rate ping_interval request_timeout "
         "shutdown_timeout max_subscriptions history_time history_size history_messages "
-        "history_bytes history_oldest resumes resumes_failed gaps").split()
+        "history_bytes history_oldest console resumes resumes_failed gaps").split()
 
 
 def info_of(server):
@@ -2723,6 +2724,8 @@ def test_a_subscription_brings_what_it_asks_for_of_the_past_before_its_answer(se
             "channels": ["b"], "id": ids[5], "resumed": True}
         publish_to(server, "a", 6)
         assert number(client.receive()["id"]) > number(ids[5])  # now all messages have ids
+        assert client.ask(subscribe=["b"], last=1)["id"] == ids[5]  # joined as it is
+        assert "subscribed" in client.receive()
         client.ask(unsubscribe=["b"])
         assert client.ask(subscribe=["b"], since="0-1", last=1)["id"] == ids[5]
         assert client.receive()["subscribed"]["resumed"] is False
@@ -5074,7 +5077,7 @@ def test_a_page_that_is_offline_comes_back_when_it_is_online(server, tab):
 def test_a_connection_that_stalls_is_given_up(tab, server, proxy):
     start(tab, proxy.url, "a")
     proxy.flows.clear()
-    tab.evaluate("window.lost = philote.publish('a', 1).catch(error => error.code)")
+    tab.evaluate("void (window.lost = philote.publish('a', 1).catch(error => error.code))")
     tab.evaluate("window.dispatchEvent(new Event('pageshow'))")  # asks whether it lives
     tab.wait_for_function("seen.some(([type]) => type === 'closed')")
     assert "silent" in seen(tab, "closed")[0]["reason"] and tab.evaluate("lost") == "unknown"
@@ -5098,6 +5101,39 @@ def test_a_token_is_asked_for_again_when_it_expires(server, tab):
     assert tab.evaluate("codes") == [4401, 1006] and tab.evaluate("tokens.length") == 0
     publish(server, {"channel": "a", "data": "x"})
     wait_for_data(tab, ["x"])
+
+
+class Pages(http.server.BaseHTTPRequestHandler):
+    """Serves one page, of another origin than the server under test."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(self.server.page.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_it_runs_in_firefox_in_a_page_of_another_origin(server, tmp_path):
+    firefox = shutil.which("firefox-esr") or shutil.which("firefox")
+    need(firefox, "no Firefox here; get it with: apt-get install firefox-esr")
+    with http.server.HTTPServer(("127.0.0.1", 0), Pages) as pages, background(pages.serve_forever):
+        pages.page = f"""<!doctype html><script type="module">
+            import {{ Philote }} from "http://127.0.0.1:{port_of(server)}/philote.js";
+            const philote = new Philote(undefined, {{ token: "{make_token(["b"], ["a"])}" }});
+            philote.subscribe("b", message => philote.publish("a", message.data + 1));
+            await philote.publish("a", "ready");
+            await philote.publish("a", "joined");</script>"""
+        with RawClient(server, ["a"]) as reader, Command(
+                "--headless", "--no-remote", "--profile", str(tmp_path),
+                f"http://127.0.0.1:{pages.server_port}/", launcher=[firefox], HOME=str(tmp_path)):
+            reader.sock.settimeout(4 * PATIENCE)  # Firefox takes its time to start
+            assert reader.receive_data(2) == ["ready", "joined"]
+            publish(server, {"channel": "b", "data": 41}, make_token(write=["b"]))
+            assert reader.receive()["data"] == 42
+        pages.shutdown()
 
 
 def test_it_runs_in_node(server, tmp_path):
@@ -5173,3 +5209,19 @@ def test_the_console_says_why_a_token_was_refused(server, browser):
         page.get_by_text("it has expired").wait_for()
         page.get_by_role("button", name="Connect").click()
         page.get_by_role("log").get_by_text("the token has expired").first.wait_for()
+
+
+def test_the_console_shows_the_servers_of_a_cluster(server, browser):
+    def add_cluster(route):
+        answer = route.fetch()
+        route.fulfill(response=answer, json={**answer.json(), "cluster": {
+            "up": False, "reason": "no answer", "servers": [
+                {"id": "one", "host": "<b>h</b>", "version": "1", "connections": 3, "since": 5}]}})
+
+    with browser.new_context() as context:
+        page = new_tab(context, server, "")
+        page.route("**/api/info", add_cluster)
+        page.get_by_label("Token").fill(API)
+        page.get_by_role("button", name="Connect").click()
+        page.get_by_role("cell", name="<b>h</b>").wait_for()
+        page.get_by_text("no answer").wait_for()
