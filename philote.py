@@ -64,6 +64,9 @@ What the server promises, and where each promise is kept:
 Left out on purpose: messages that outlive the process, TLS (a proxy does that), compression (it
 would cost each connection some 300 KB and each message its shared frame), clusters of servers,
 Windows.
+
+Behind the Python stand two texts that the server hands to browsers: a client, /philote.js, and the
+console, a page that uses it.
 """
 
 from __future__ import annotations

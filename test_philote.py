@@ -5026,6 +5026,32 @@ def test_each_callback_gets_each_message_once_and_what_it_asked_for_of_the_past(
     assert tab.evaluate("got") == [5, 5]
 
 
+def test_a_subscription_ends_and_a_page_goes_on_where_an_earlier_one_was(server, tab):
+    start(tab, url_of(server), "b1", "b1")
+    position = tab.evaluate("philote.position")
+    tab.evaluate("window.stops = ['b2', 'b2'].map(name => follow(name)); philote.publish('a', '')")
+    assert channel_count(server) == 2
+    tab.evaluate("stops[0](); philote.publish('a', '')")
+    publish(server, [{"channel": name, "data": name} for name in ("b1", "b2")],
+            make_token(write=["b*"]))
+    wait_for_data(tab, ["b1", "b1", "b2"])
+    tab.evaluate("stops[1](); philote.publish('a', '')")
+    assert channel_count(server) == 1
+    tab.evaluate("philote.close()")
+    start(tab, url_of(server), "b*", since=position)
+    wait_for_data(tab, ["b1", "b2"])
+
+
+def test_a_hundred_publications_wait_for_a_connection_and_no_more(tab):
+    assert tab.evaluate("""url => import("/philote.js").then(async ({ Philote }) => {
+      const philote = new Philote(url, { token: () => new Promise(() => {}) });
+      const all = Array.from({ length: 101 }, () => philote.publish("a", 1).catch(e => e.code));
+      const first = await Promise.race(all);
+      philote.close();
+      return [first, new Set(await Promise.all(all)).size, philote.state];
+    })""", free_url()) == ["closed", 1, "closed"]
+
+
 def test_two_tabs_that_are_cut_again_and_again_miss_nothing(server, browser, proxy):
     with browser.new_context() as context:
         tabs = [new_tab(context, server) for _ in range(2)]
