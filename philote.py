@@ -4763,7 +4763,6 @@ export class Philote extends EventTarget {
       this.#since = "";
     }
     if (fresh.length === all.length) this.#position = id;
-    for (const publication of this.#unsent.splice(0)) this.#sendPublication(publication);
     /** @type {Map<string, Subscription[]>} */
     const alike = new Map(); // in what they want of the past
     for (const subscription of fresh) {
@@ -4771,6 +4770,8 @@ export class Philote extends EventTarget {
       alike.set(past, [...alike.get(past) ?? [], subscription]);
     }
     for (const group of alike.values()) this.#ask(group);
+    // Behind these, so that no answer to what is published is missed.
+    for (const publication of this.#unsent.splice(0)) this.#sendPublication(publication);
     this.#emit("open", { issuer, resumed });
     if (!resumed) this.#skip(id);
   }
