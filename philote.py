@@ -64,6 +64,9 @@ What the server promises, and where each promise is kept:
 Left out on purpose: messages that outlive the process, TLS (a proxy does that), compression (it
 would cost each connection some 300 KB and each message its shared frame), clusters of servers,
 Windows.
+
+Behind the Python stand two texts that the server hands to browsers: a client, /philote.js, and the
+console, a page that uses it.
 """
 
 from __future__ import annotations
@@ -80,6 +83,7 @@ import enum
 import errno
 import fcntl
 import functools
+import hashlib
 import heapq
 import http
 import http.client
@@ -163,11 +167,17 @@ def _parse_level(text: str) -> str:
     return text.lower()
 
 
-def _parse_origins(text: str) -> bool | tuple[str, ...]:
+def _parse_boolean(text: str) -> bool:
     if text in ("1", "t", "T", "true", "TRUE", "True"):
         return True
     if text in ("0", "f", "F", "false", "FALSE", "False"):
         return False
+    raise ValueError
+
+
+def _parse_origins(text: str) -> bool | tuple[str, ...]:
+    with contextlib.suppress(ValueError):
+        return _parse_boolean(text)
     origins = tuple(origin.strip().lower() for origin in text.split(","))
     if not all(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@*]+", origin) for origin in origins):
         raise ValueError
@@ -192,6 +202,7 @@ _SECRET = _parse_secret, "any text that is not a public key, a certificate or a 
 _HOST = str, "an address or name of this machine, or nothing for all"
 _LEVEL = _parse_level, "one of " + ", ".join(_LEVELS)
 _RATE = _number(0, 10**9, "a number of messages a second (0: no limit)", float)
+_BOOLEAN = _parse_boolean, "true or false"
 _ORIGINS = _parse_origins, "true, false, or a list of origins such as https://example.com"
 
 
@@ -228,6 +239,8 @@ class Settings:
         "first; more under load")
     check_origin: bool | tuple[str, ...] = _setting(
         False, _ORIGINS, "which web pages may connect: those from the same host, or listed as well")
+    console: bool = _setting(
+        True, _BOOLEAN, "whether a browser that asks for / gets a page to see what flows")
     ping_interval: float = _setting(25, _SECONDS, "seconds between heartbeats; 0 turns them off")
     request_timeout: float = _setting(
         10, _number(0.1, 86400, "a number of seconds", float),
@@ -2125,7 +2138,8 @@ class WebSocket(Subscriber):
             if past.resumable and not self.encoder.with_ids:
                 self.server.log.add_ids(self)
                 self.server.poller.call_at(self.connection, time.monotonic())  # see tell_position()
-            new = Names({*names} - self.channels)
+            # What is asked for of the past comes also from channels that were joined before.
+            new = Names(names if past.resumable else {*names} - self.channels)
             self.follow(new, past, lambda *_: b"", lambda position, resumed: encode_answer(
                 {"subscribed": {"channels": names, "id": encode_id(position), "resumed": resumed}},
                 ref))
@@ -2311,7 +2325,7 @@ class Response(NamedTuple):
         lines = [f"HTTP/1.1 {self.status} {http.HTTPStatus(self.status).phrase}"]
         if self.status != 101:
             lines.append(f"Date: {email.utils.formatdate(usegmt=True)}")
-        if whole and self.status >= 200 and self.status != 204:
+        if whole and self.status >= 200 and self.status not in (204, 304):
             if "Content-Length" not in self.headers:
                 lines.append(f"Content-Length: {len(self.body)}")
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
@@ -2615,7 +2629,7 @@ class HTTPHandler:
             headers["Connection"] = ", ".join([*filter(None, [headers.get("Connection")]), "close"])
         if request and request.method == "HEAD":
             headers, body = {"Content-Length": str(len(body)), **headers}, b""
-            if stream:
+            if stream or status == 304:
                 del headers["Content-Length"]
         self.connection.put(Response(status, body, headers).encode(whole=not stream))
         self.connection.flush()
@@ -2812,9 +2826,39 @@ def tell_metrics(handler: HTTPHandler, request: Request) -> Response:
                     {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
 
 
-def ask_for_upgrade(handler: HTTPHandler, request: Request) -> Response:
-    """GET /: there is nothing to see without a WebSocket."""
-    raise HTTPError(426, "this is a WebSocket server", headers=_UPGRADE)
+def tell_file(request: Request, kind: str, text: bytes, headers: Mapping[str, str]) -> Response:
+    """Answer with a text, or that what the client has of it is still right (RFC 9110, 13.1.2)."""
+    etag = f'"{hashlib.sha256(text).hexdigest()[:32]}"'
+    headers = {"ETag": etag, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff",
+               "Referrer-Policy": "no-referrer", **headers}
+    known = request.headers.get("if-none-match", "")
+    if known == "*" or etag in re.split(r"[\s,]+|W/", known):
+        return Response(304, b"", headers)
+    return Response(200, text, {"Content-Type": f"text/{kind}; charset=utf-8", **headers})
+
+
+def tell_script(handler: HTTPHandler, request: Request) -> Response:
+    """GET /philote.js: the browser client."""
+    return tell_file(request, "javascript", PHILOTE_JS.encode(),
+                     {"Content-Security-Policy": "default-src 'none'"})
+
+
+def show_console(handler: HTTPHandler, request: Request) -> Response:
+    """GET /: the console for a browser; others are told that they want a WebSocket."""
+    if "text/html" not in request.headers.get("accept", "").lower():
+        raise HTTPError(426, "this is a WebSocket server", headers=_UPGRADE)
+    if not handler.server.settings.console:
+        raise HTTPError(404, "there is nothing here: CONSOLE is false")
+    script, style = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
+                     for text in (_CONSOLE_SCRIPT, _CONSOLE_STYLE))
+    page = _CONSOLE_PAGE.replace("STYLE", _CONSOLE_STYLE, 1).replace("SCRIPT", _CONSOLE_SCRIPT, 1)
+    if not handler.server.settings.secret:
+        page = page.replace('data-secret="set"', 'data-secret="empty"', 1)
+    return tell_file(request, "html", page.encode(), {
+        "Vary": "Accept", "X-Frame-Options": "DENY", "Content-Security-Policy":
+        f"default-src 'none'; script-src 'self' 'sha256-{script}'; style-src 'sha256-{style}'; "
+        "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
+        "frame-ancestors 'none'"})
 
 
 class Endpoint(NamedTuple):
@@ -2834,7 +2878,8 @@ class Endpoint(NamedTuple):
 
 UPGRADE = Endpoint(open_websocket, "token")
 ENDPOINTS: dict[str, dict[str, Endpoint]] = {
-    "/": {"GET": Endpoint(ask_for_upgrade)},
+    "/": {"GET": Endpoint(show_console)},
+    "/philote.js": {"GET": Endpoint(tell_script)},
     "/api/publish": {"POST": Endpoint(publish, "token")},
     "/api/events": {"GET": Endpoint(follow_events, "token", ("channel", "since", "last"))},
     "/api/history": {"GET": Endpoint(tell_history, "token", ("channel", "since", "last"))},
@@ -4406,6 +4451,937 @@ def _publish(arguments: argparse.Namespace) -> int:
             for line in sys.stdin:
                 client.publish(arguments.channel, line.removesuffix("\n"))
     return 0
+
+
+# ------------------------------------------------------------------------------- the browser client
+# What GET /philote.js serves: an ES module without dependencies. As the class Client does, it comes
+# back by itself; but what it published and got no answer for, it does not publish again.
+
+PHILOTE_JS = r"""// A client of a Philote server, for browsers and Node 22. It has no dependencies.
+//
+//     import { Philote } from "https://example.com/philote.js";
+//     const token = async () => (await fetch("/token")).text();
+//     const philote = new Philote("wss://example.com", { token });
+//     const stop = philote.subscribe("news", message => show(message.data), { last: 10 });
+//     const id = await philote.publish("chat", "hello");
+//     philote.addEventListener("gap", () => reloadEverything());
+
+/** @typedef {{ id: string, issuer: string, user: string, channel: string, data: any }} Message */
+/** @typedef {{ since?: string, last?: number }} Past  What is wanted of the past. */
+/** @typedef {string | (() => string | Promise<string>)} Token */
+/** @typedef {"connecting" | "open" | "waiting" | "closed"} State */
+/**
+ * `cursor` is the id up to which it has everything; until it is joined there is none, and what
+ * comes of the past is held.
+ * @typedef {{ name: string, callback: (message: Message) => void, past: Past, cursor: string,
+ *             held: Message[] }} Subscription
+ */
+/** @typedef {{ channel: string, data: any, resolve: (id: string) => void,
+ *              reject: (error: Error) => void }} Publication */
+
+const ANSWER_TIME = 10_000; // ms for a token, for a connection, and beyond the server's own `ping`
+const PROBE_TIME = 5_000; // ms that an old connection has to show that it lives
+const STEADY_TIME = 5_000; // ms; what is lost earlier is tried again more slowly
+const MOST_WAITING = 100; // publications before the connection is there
+const MOST_ISSUERS = 100; // of our own that are remembered
+const LONGEST_QUERY = 4_000; // characters; more channels than fit there are joined later
+
+/** Why a message was not published: `forbidden`, `bad_message`, `closed` or `unknown`. */
+export class PhiloteError extends Error {
+  /** @param {string} code  @param {string} reason */
+  constructor(code, reason) {
+    super(reason);
+    this.name = "PhiloteError";
+    this.code = code;
+  }
+}
+
+/** Make ids comparable as text. @param {string} id */
+const inOrder = id => id.split("-").map(number => number.padStart(20, "0")).join("-");
+
+/** @param {string} name  @param {string} channel */
+const covers = (name, channel) =>
+  name === channel || name.endsWith("*") && channel.startsWith(name.slice(0, -1));
+
+/** What a token allows, unverified; of one that cannot be read, nothing. @param {string} token */
+export const claimsOf = token => {
+  try {
+    const part = token.split(".")[1].replaceAll("-", "+").replaceAll("_", "/");
+    const bytes = Uint8Array.from(atob(part), character => character.charCodeAt(0));
+    return JSON.parse(new TextDecoder().decode(bytes)) ?? {};
+  } catch {
+    return {};
+  }
+};
+
+/**
+ * A connection that comes back by itself, and goes on where it was.
+ *
+ * Events: `open` (detail: issuer, resumed), `closed` (code, reason, delay: ms to the next attempt,
+ * or null), `gap` (id: messages may be missing before it), `error` (code, reason).
+ */
+export class Philote extends EventTarget {
+  /** @type {Token} */ #token;
+  /** @type {State} */ #state = "connecting";
+  /** @type {WebSocket | null} */ #socket = null;
+  /** @type {Set<Subscription>} */ #subscriptions = new Set();
+  // What the server has not answered yet, by ref, the oldest first.
+  /** @type {Map<string, Subscription[]>} */ #asked = new Map();
+  /** @type {Map<string, Publication>} */ #published = new Map();
+  /** @type {Publication[]} */ #unsent = [];
+  /** @type {Set<string>} */ #issuers = new Set();
+  /** @type {ReturnType<typeof setTimeout> | undefined} */ #timer;
+  #url; #minDelay; #maxDelay; #position; #since;
+  #issuer = "";
+  #attempt = 0; // what belongs to an earlier one is ignored
+  #failures = 0; // in a row
+  #opened = 0; // when the connection was there, as ms of Date.now(), like the next
+  #deadline = 0; // until when something must have come
+  #patience = Infinity; // ms that the server may be silent
+  #ref = 0;
+  #listening = new AbortController();
+
+  /**
+   * `since` is a `position` of before; the delays are in ms, a random part of which is waited.
+   * @param {string | URL} [url]  by default, where this script came from
+   * @param {{ token?: Token, since?: string, minDelay?: number, maxDelay?: number }} [options]
+   */
+  constructor(url = new URL(".", import.meta.url),
+              { token = "", since = "", minDelay = 500, maxDelay = 20_000 } = {}) {
+    super();
+    this.#url = new URL(String(url).replace(/^http/i, "ws"));
+    this.#token = token;
+    this.#minDelay = minDelay;
+    this.#maxDelay = maxDelay;
+    this.#position = this.#since = since;
+    const signal = { signal: this.#listening.signal };
+    const { addEventListener: listen, document } = globalThis; // neither is there in Node
+    listen?.("online", () => this.#wake(), signal);
+    listen?.("pageshow", () => this.#wake(), signal);
+    listen?.("offline", () => this.#socket && this.#end(1006, "the browser is offline"), signal);
+    document?.addEventListener("visibilitychange", () => document.hidden || this.#wake(), signal);
+    this.#connect();
+  }
+
+  /** @returns {State} */
+  get state() { return this.#state; }
+
+  /** The id up to which all has come; `since` of a page that is loaded again. */
+  get position() { return this.#position; }
+
+  /** What others see as the publisher of our messages; "" until the connection is there. */
+  get issuer() { return this.#issuer; }
+
+  /**
+   * Call a function with each message of a channel, or of all that a pattern such as `chat.*`
+   * stands for. `since` (an id, or a time such as "10m") and `last` (a number of messages of each
+   * channel) begin in the past. Returns a function that ends it.
+   * @param {string} name  @param {(message: Message) => void} callback  @param {Past} [past]
+   */
+  subscribe(name, callback, { since, last } = {}) {
+    if (!name) throw new TypeError("a channel must have a name");
+    const subscription = { name, callback, past: { since, last }, cursor: "", held: [] };
+    this.#subscriptions.add(subscription);
+    if (this.#state === "open") this.#ask([subscription]);
+    return () => {
+      if (this.#subscriptions.delete(subscription) && this.#state === "open"
+          && ![...this.#subscriptions].some(other => other.name === name)) {
+        this.#send({ unsubscribe: [name] });
+      }
+    };
+  }
+
+  /**
+   * Publish data, any JSON value. The promise is that of its id, once the server has it; it is
+   * rejected with a PhiloteError, `unknown` where the connection ended before the answer.
+   * @param {string} channel  @param {any} data  @returns {Promise<string>}
+   */
+  publish(channel, data) {
+    return new Promise((resolve, reject) => {
+      JSON.stringify(data); // throws here what it would throw later
+      const publication = { channel, data, resolve, reject };
+      if (this.#state === "open") {
+        this.#sendPublication(publication);
+      } else if (this.#state === "closed" || this.#unsent.length >= MOST_WAITING) {
+        reject(new PhiloteError("closed", this.#state === "closed"
+          ? "the client is closed" : `${MOST_WAITING} messages wait for a connection`));
+      } else {
+        this.#unsent.push(publication);
+      }
+    });
+  }
+
+  /** End the connection for good. */
+  close() {
+    if (this.#state === "closed") return;
+    this.#listening.abort();
+    this.#end(1000, "", true);
+    for (const { reject } of this.#unsent.splice(0)) {
+      reject(new PhiloteError("closed", "the client was closed"));
+    }
+  }
+
+  // The connection
+
+  async #connect() {
+    const attempt = ++this.#attempt;
+    this.#state = "connecting";
+    this.#patience = ANSWER_TIME;
+    this.#heard();
+    this.#watch();
+    try {
+      const token = typeof this.#token === "function" ? await this.#token() : this.#token;
+      if (attempt === this.#attempt) this.#open(this.#address(token.trim()));
+    } catch (error) {
+      if (attempt !== this.#attempt) return;
+      this.#emit("error", { code: "token", reason: String(error) }); // or it has no address
+      if (attempt === this.#attempt) this.#end(1006, "there is nothing to connect with");
+    }
+  }
+
+  /**
+   * What has been joined goes on where it was; others are asked for later.
+   * @param {string} token
+   */
+  #address(token) {
+    const url = new URL(this.#url), query = url.searchParams;
+    const read = claimsOf(token).read;
+    const rights = Array.isArray(read) ? read.map(String) : [];
+    query.set("since", this.#position || "now");
+    const joined = [...this.#subscriptions].filter(subscription => subscription.cursor);
+    for (const name of new Set(joined.map(subscription => subscription.name))) {
+      if (rights.some(right => covers(right, name))
+          && String(query).length + encodeURIComponent(name).length < LONGEST_QUERY) {
+        query.append("channel", name);
+      }
+    }
+    const names = query.getAll("channel");
+    for (const subscription of joined) {
+      if (!names.includes(subscription.name)) {
+        subscription.past = { since: this.#position };
+        subscription.cursor = "";
+      }
+    }
+    if (!names.length) {
+      query.set("since", "now");
+      // A connection begins with some channel; of a pattern's, one that nobody uses.
+      if (rights.length) query.set("channel", rights[0].replace(/\*$/, String(Math.random())));
+    }
+    query.set("auth", token);
+    return url;
+  }
+
+  /** @param {URL} url */
+  #open(url) {
+    const socket = this.#socket = new WebSocket(url);
+    this.#heard();
+    socket.onmessage = event => {
+      if (socket !== this.#socket) return; // an old one has no say any more
+      this.#heard();
+      this.#receive(JSON.parse(event.data));
+    };
+    socket.onclose = event => {
+      if (socket === this.#socket) this.#end(event.code, event.reason);
+    };
+  }
+
+  /** @param {number} code  @param {string} reason  @param {boolean} [forGood] */
+  #end(code, reason, forGood = false) {
+    const socket = this.#socket;
+    const steady = this.#opened && Date.now() - this.#opened >= STEADY_TIME;
+    this.#failures = steady ? 0 : this.#failures + 1;
+    this.#socket = null;
+    this.#opened = 0;
+    this.#attempt++;
+    clearTimeout(this.#timer);
+    const longest = Math.min(this.#maxDelay, this.#minDelay * 2 ** Math.max(0, this.#failures - 1));
+    const delay = forGood ? null : Math.random() * longest;
+    this.#state = forGood ? "closed" : "waiting";
+    if (delay !== null) this.#timer = setTimeout(() => this.#connect(), delay);
+    socket?.close();
+    for (const subscription of this.#subscriptions) subscription.held = [];
+    this.#asked.clear();
+    const lost = [...this.#published.values()];
+    this.#published.clear();
+    for (const { reject } of lost) {
+      reject(new PhiloteError("unknown", "the connection ended before the server's answer"));
+    }
+    this.#emit("closed", { code, reason, delay });
+  }
+
+  /** Something suggests that a connection can be had, or that the old one may be dead. */
+  #wake() {
+    if (this.#state === "waiting") {
+      clearTimeout(this.#timer);
+      this.#connect();
+    } else if (this.#state === "open") {
+      this.#send({ unsubscribe: [] }); // which the server answers
+      this.#deadline = Math.min(this.#deadline, Date.now() + PROBE_TIME);
+      this.#watch();
+    }
+  }
+
+  #heard() {
+    this.#deadline = Date.now() + this.#patience;
+  }
+
+  #watch() {
+    clearTimeout(this.#timer);
+    const left = this.#deadline - Date.now();
+    if (left <= 0) {
+      this.#end(1006, "the server is silent");
+    } else if (left < Infinity) {
+      this.#timer = setTimeout(() => this.#watch(), left);
+    }
+  }
+
+  // What the server sends
+
+  /** @param {any} value */
+  #receive(value) {
+    if (value.channel) {
+      this.#deliver({ user: "", data: "", ...value });
+    } else if (value.connected) {
+      this.#begin(value.connected);
+    } else if (value.published) {
+      this.#published.get(value.published.ref)?.resolve(value.published.id);
+      this.#published.delete(value.published.ref);
+    } else if (value.subscribed) {
+      this.#join(value.ref, value.subscribed);
+    } else if (value.error) {
+      this.#refuse(value.ref, value.error, value.reason);
+    } else if (value.gap) {
+      this.#skip(value.gap.id);
+    } else if (value.id) {
+      this.#position = value.id;
+    }
+  }
+
+  /**
+   * @param {{ issuer: string, id: string, resumed: boolean, channels: string[], ping: number }} _
+   */
+  #begin({ issuer, id, resumed, channels, ping }) {
+    this.#issuer = issuer;
+    this.#issuers.add(issuer);
+    if (this.#issuers.size > MOST_ISSUERS) this.#issuers.delete([...this.#issuers][0]);
+    this.#patience = ping ? 1000 * ping + ANSWER_TIME : Infinity;
+    this.#heard();
+    this.#watch();
+    this.#opened = Date.now();
+    this.#state = "open";
+    const all = [...this.#subscriptions];
+    const names = new Set(all.map(subscription => subscription.name));
+    const unwanted = channels.filter(name => !names.has(name));
+    if (unwanted.length) this.#send({ unsubscribe: unwanted });
+    const fresh = all.filter(subscription => !subscription.cursor);
+    if (this.#since) { // the first time
+      for (const subscription of fresh) {
+        const { past } = subscription;
+        if (past.since === undefined) subscription.past = { ...past, since: this.#since };
+      }
+      this.#since = "";
+    }
+    if (fresh.length === all.length) this.#position = id;
+    /** @type {Map<string, Subscription[]>} */
+    const alike = new Map(); // in what they want of the past
+    for (const subscription of fresh) {
+      const past = JSON.stringify(subscription.past);
+      alike.set(past, [...alike.get(past) ?? [], subscription]);
+    }
+    for (const group of alike.values()) this.#ask(group);
+    // Behind these, so that no answer to what is published is missed.
+    for (const publication of this.#unsent.splice(0)) this.#sendPublication(publication);
+    this.#emit("open", { issuer, resumed });
+    if (!resumed) this.#skip(id);
+  }
+
+  /** @param {Message} message */
+  #deliver(message) {
+    const place = inOrder(message.id);
+    if (place > inOrder(this.#position)) this.#position = message.id;
+    if (this.#issuers.has(message.issuer)) return;
+    const [asked] = this.#asked.values(); // the server answers one after the other
+    for (const subscription of this.#subscriptions) {
+      if (!covers(subscription.name, message.channel)) continue;
+      if (!subscription.cursor) {
+        if (asked?.includes(subscription)) subscription.held.push(message);
+      } else if (place > subscription.cursor) {
+        this.#call(subscription, message, place);
+      }
+    }
+  }
+
+  /** @param {Subscription} subscription  @param {Message} message  @param {string} place */
+  #call(subscription, message, place) {
+    subscription.cursor = place;
+    try {
+      subscription.callback(message);
+    } catch (error) {
+      queueMicrotask(() => { throw error; }); // reported, and the others get theirs
+    }
+  }
+
+  /** @param {string} ref  @param {{ id: string, resumed: boolean }} answer */
+  #join(ref, { id, resumed }) {
+    const subscriptions = this.#asked.get(ref) ?? [];
+    this.#asked.delete(ref);
+    if (!resumed) this.#emit("gap", { id });
+    for (const subscription of subscriptions) {
+      const { past, held } = subscription;
+      const wanted = past.since !== undefined || past.last !== undefined;
+      subscription.past = {};
+      subscription.held = [];
+      subscription.cursor = "0";
+      // Others that match may have brought something in between, so they are put in order.
+      const places = new Map(held.map(message => [inOrder(message.id), message]));
+      for (const place of wanted ? [...places.keys()].sort() : []) {
+        const message = places.get(place);
+        if (message && this.#subscriptions.has(subscription)) {
+          this.#call(subscription, message, place);
+        }
+      }
+      subscription.cursor = inOrder(id);
+    }
+  }
+
+  /** @param {string | undefined} ref  @param {string} code  @param {string} reason */
+  #refuse(ref, code, reason) {
+    const publication = this.#published.get(ref ?? ""), subscriptions = this.#asked.get(ref ?? "");
+    this.#published.delete(ref ?? "");
+    this.#asked.delete(ref ?? "");
+    if (publication) {
+      publication.reject(new PhiloteError(code, reason));
+    } else if (subscriptions && subscriptions.length > 1) { // which of them it was is not said
+      for (const subscription of subscriptions) this.#ask([subscription]);
+    } else {
+      this.#emit("error", { code, reason });
+    }
+  }
+
+  /** Messages may be missing before this id. @param {string} id */
+  #skip(id) {
+    this.#position = id;
+    for (const subscription of this.#subscriptions) {
+      if (subscription.cursor) subscription.cursor = inOrder(id);
+    }
+    this.#emit("gap", { id });
+  }
+
+  // What is sent to it
+
+  /** Join channels that are alike in what is wanted of the past. @param {Subscription[]} group */
+  #ask(group) {
+    const ref = String(++this.#ref);
+    this.#asked.set(ref, group);
+    const names = [...new Set(group.map(subscription => subscription.name))];
+    this.#send({ subscribe: names, ...group[0].past, ref });
+  }
+
+  /** @param {Publication} publication */
+  #sendPublication(publication) {
+    const ref = String(++this.#ref);
+    this.#published.set(ref, publication);
+    this.#send({ channel: publication.channel, data: publication.data, ref });
+  }
+
+  /** @param {object} value */
+  #send(value) {
+    this.#socket?.send(JSON.stringify(value)); // dropped by one that is closing
+  }
+
+  /** @param {string} type  @param {object} detail */
+  #emit(type, detail) {
+    this.dispatchEvent(new CustomEvent(type, { detail }));
+  }
+}
+"""
+
+
+# -------------------------------------------------------------------------------------- the console
+# What GET / shows a browser: its markup, its style, and its script, which uses the module above.
+
+_CONSOLE_PAGE = r"""<!doctype html>
+<html lang="en" data-secret="set">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>Philote</title>
+<link rel="icon" href="data:,">
+<style>STYLE</style>
+<header>
+  <h1>Philote</h1>
+  <p id="state" role="status" data-state="closed">not connected</p>
+  <p class="quiet">position <code id="position">-</code></p>
+</header>
+<main>
+  <section aria-labelledby="connection">
+    <h2 id="connection">Connection</h2>
+    <p id="offer" hidden>This server has no SECRET, so this page can make what it needs to get in.
+      <button type="button" id="make">Let me in</button></p>
+    <form id="connect" autocomplete="off">
+      <label>Token <input id="token" class="secret" required spellcheck="false"
+        autocapitalize="off"></label>
+      <dl id="claims"></dl>
+      <div class="row">
+        <label>Follow <input id="follow" spellcheck="false" autocapitalize="off"
+          placeholder="all that may be read"></label>
+        <label>Last <input id="last" inputmode="numeric" pattern="[0-9]*" value="20"></label>
+        <label>Since <input id="since" placeholder="10m"></label>
+      </div>
+      <div class="row">
+        <button class="main">Connect</button>
+        <button type="button" id="cut" disabled>Cut</button>
+        <button type="button" id="leave" disabled>Leave</button>
+      </div>
+    </form>
+  </section>
+  <section aria-labelledby="sending">
+    <h2 id="sending">Send</h2>
+    <form id="publish" autocomplete="off">
+      <label>Channel <input id="channel" required spellcheck="false" autocapitalize="off"></label>
+      <label>Data <textarea id="data" rows="3" spellcheck="false"></textarea></label>
+      <label class="check"><input type="checkbox" id="json"> send as JSON</label>
+      <div class="row"><button class="main">Publish</button>
+        <output id="outcome"></output></div>
+    </form>
+    <details><summary>The same from a shell</summary><pre id="curl" tabindex="0"></pre></details>
+  </section>
+  <section aria-labelledby="live" class="wide">
+    <h2 id="live">Live</h2>
+    <div class="row">
+      <label>Filter <input id="filter" type="search"></label>
+      <button type="button" id="pause" aria-pressed="false">Pause</button>
+      <button type="button" id="clear">Clear</button>
+      <span id="count" class="quiet"></span>
+    </div>
+    <div id="log" role="log" aria-labelledby="live" tabindex="0"></div>
+  </section>
+  <section aria-labelledby="server" class="wide" id="state-of-server" hidden>
+    <h2 id="server">Server</h2>
+    <figure><svg id="plot" role="img" viewBox="0 0 300 60" preserveAspectRatio="none">
+      <polyline fill="none" vector-effect="non-scaling-stroke"></polyline></svg>
+      <figcaption id="rate"></figcaption></figure>
+    <dl id="facts" class="facts"></dl>
+    <table id="servers" hidden><caption></caption>
+      <thead><tr><th>server<th>host<th>version<th>connections<th>since</thead>
+      <tbody></tbody></table>
+  </section>
+</main>
+<noscript><p>This page needs JavaScript.</p></noscript>
+<script type="module">SCRIPT</script>
+</html>
+"""
+
+_CONSOLE_STYLE = r"""
+:root {
+  color-scheme: light dark;
+  --back: #f6f6f3; --card: #fff; --text: #1d2126; --quiet: #5c646e; --line: #d5d8dc;
+  --accent: #0b5fb0; --on-accent: #fff; --good: #17713c; --bad: #b3261e; --soft: #e9f1fa;
+}
+@media (prefers-color-scheme: dark) {
+  :root {
+    --back: #14171a; --card: #1c2024; --text: #e4e7ea; --quiet: #9aa4ae; --line: #383f46;
+    --accent: #7ab8f5; --on-accent: #0c1a28; --good: #6fd497; --bad: #ff9d92; --soft: #22303d;
+  }
+}
+* { box-sizing: border-box; }
+[hidden] { display: none !important; }
+body { margin: 0 auto; max-width: 72rem; padding: 0 1rem 2rem; background: var(--back);
+  color: var(--text); font: 1rem/1.5 system-ui, sans-serif; }
+header { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem;
+  padding: 1rem 0; }
+header p { margin: 0; }
+h1 { margin: 0; font-size: 1.5rem; letter-spacing: -.02em; }
+h2 { margin: 0 0 .75rem; font-size: 1.05rem; }
+main { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem; }
+section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
+  padding: 1rem; }
+.wide { grid-column: 1 / -1; }
+form { display: grid; gap: .75rem; }
+.row { display: flex; flex-wrap: wrap; align-items: end; gap: .75rem; }
+.row label:first-child { flex: 1 1 9rem; }
+label { display: grid; gap: .2rem; font-size: .875rem; color: var(--quiet); }
+.check { display: flex; align-items: center; gap: .5rem; }
+input:not([type=checkbox]), textarea, button { font: inherit; color: var(--text);
+  border: 1px solid var(--line); border-radius: .4rem; padding: .45rem .6rem; min-width: 0;
+  background: var(--back); }
+input:not([type=checkbox]), textarea { width: 100%; }
+#last { width: 5.5rem; } #since { width: 6.5rem; }
+details { margin-top: .75rem; } summary { cursor: pointer; }
+#outcome { align-self: center; font-size: .875rem; overflow-wrap: anywhere; }
+textarea { resize: vertical; font-family: ui-monospace, monospace; }
+.secret { -webkit-text-security: disc; }
+button { cursor: pointer; }
+button.main { background: var(--accent); border-color: var(--accent); color: var(--on-accent);
+  font-weight: 600; padding-inline: 1.2rem; }
+button[aria-pressed=true] { background: var(--soft); border-color: var(--accent); }
+button:disabled { opacity: .5; cursor: default; }
+:focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
+code, pre, .text { font-family: ui-monospace, monospace; font-size: .875rem; }
+pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
+.quiet { color: var(--quiet); font-size: .875rem; }
+#state { font-weight: 600; color: var(--quiet); }
+#state::before { content: "\25cf\00a0"; }
+#state[data-state=open] { color: var(--good); }
+#state[data-state=waiting] { color: var(--bad); }
+dl { margin: 0; display: grid; grid-template-columns: max-content 1fr; gap: .1rem .75rem;
+  font-size: .875rem; }
+dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
+#claims:empty { display: none; }
+.facts { grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; }
+.facts div { display: grid; } .facts dd { font-size: 1.15rem; font-weight: 600; }
+#log { height: 26rem; max-height: 70vh; overflow-y: auto; margin-top: .75rem;
+  border: 1px solid var(--line); border-radius: .4rem; }
+#log:empty::before { content: "Nothing yet."; display: block; padding: .75rem;
+  color: var(--quiet); }
+.entry { display: grid; grid-template-columns: 6.5rem 11rem minmax(0, 1fr) auto;
+  gap: 0 .75rem; align-items: baseline; padding: .4rem .75rem;
+  border-bottom: 1px solid var(--line); }
+.entry .who { display: grid; overflow-wrap: anywhere; }
+.entry .id { display: block; overflow-wrap: anywhere; }
+.entry .text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 12rem;
+  overflow-y: auto; }
+.entry button { padding: 0 .5rem; font-size: .8rem; }
+.entry.own { background: var(--soft); }
+.entry.note { display: block; color: var(--quiet); font-size: .875rem; }
+.entry.bad { color: var(--bad); }
+figure { margin: 0 0 1rem; }
+#plot { display: block; width: 100%; height: 5rem; border-bottom: 1px solid var(--line); }
+#plot polyline { stroke: var(--accent); stroke-width: 2; }
+table { width: 100%; margin-top: 1rem; border-collapse: collapse; font-size: .875rem;
+  text-align: left; }
+caption { text-align: left; }
+th, td { padding: .3rem .5rem .3rem 0; border-bottom: 1px solid var(--line);
+  overflow-wrap: anywhere; }
+@media (max-width: 45rem) {
+  main { grid-template-columns: minmax(0, 1fr); }
+  .entry { grid-template-columns: minmax(0, 1fr) auto; }
+  .entry .text { grid-column: 1 / -1; grid-row: 3; }
+  .entry .who { grid-row: 2; } .entry button { grid-column: 2; grid-row: 1; }
+}
+"""
+
+_CONSOLE_SCRIPT = r"""
+import { Philote, claimsOf } from "./philote.js";
+
+const MOST_ENTRIES = 1000; // in the log
+const MOST_SAMPLES = 150; // in the plot, and
+const PAUSE = 2000; // ms between them: five minutes
+const get = id => document.getElementById(id);
+const value = id => get(id).value.trim();
+
+// Whatever comes from outside is set as text, never as markup.
+function make(tag, text, className = "") {
+  const element = document.createElement(tag);
+  element.textContent = text;
+  element.className = className;
+  return element;
+}
+
+// What the token says
+
+const names = claim => Array.isArray(claim) ? claim.map(String) : [];
+
+function showClaims() {
+  const claims = claimsOf(value("token")), left = claims.exp - Date.now() / 1000;
+  const rows = !value("token") ? [] : [
+    ["may read", names(claims.read).join(", ") || "nothing"],
+    ["may write", names(claims.write).join(", ") || "nothing"],
+    ...claims.api === true ? [["api", "yes"]] : [],
+    ...claims.sub ? [["user", String(claims.sub)]] : [],
+    ["expires", !("exp" in claims) ? "never"
+      : left > 0 ? `in ${duration(left)}, ${new Date(claims.exp * 1000).toLocaleString()}`
+      : "it has expired"]];
+  get("claims").replaceChildren(...rows.flatMap(([name, text]) => [
+    make("dt", name), make("dd", text)]));
+}
+
+function duration(seconds) {
+  for (const [size, unit] of [[86400, "days"], [3600, "hours"], [60, "minutes"]]) {
+    if (seconds >= 2 * size) return `${Math.floor(seconds / size)} ${unit}`;
+  }
+  return `${Math.floor(seconds)} seconds`;
+}
+
+// HMAC pads its key with zero bytes: one of them is the empty key of a server without a SECRET.
+async function makeToken() {
+  const encode = bytes => btoa(String.fromCharCode(...bytes))
+    .replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
+  const claims = { read: ["*"], write: ["*"], api: true,
+                   exp: Math.ceil(Date.now() / 1000) + 43200 };
+  const signed = [{ alg: "HS256", typ: "JWT" }, claims].map(part =>
+    encode(new TextEncoder().encode(JSON.stringify(part)))).join(".");
+  const key = await crypto.subtle.importKey(
+    "raw", new Uint8Array(1), { name: "HMAC", hash: "SHA-256" }, false, ["sign"]);
+  const mark = await crypto.subtle.sign("HMAC", key, new TextEncoder().encode(signed));
+  get("token").value = `${signed}.${encode(new Uint8Array(mark))}`;
+  showClaims();
+  get("connect").requestSubmit();
+}
+
+// The log: entries are gathered, and shown once a frame.
+
+let entries = [], fresh = [], missed = 0, isPaused = false, frame = 0;
+
+function add(entry) {
+  fresh.push({ time: new Date(), ...entry });
+  if (fresh.length > MOST_ENTRIES) { fresh.shift(); missed++; }
+  frame ||= setTimeout(show, 50);
+}
+
+function show() {
+  frame = 0;
+  if (!isPaused) {
+    const log = get("log"), atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
+    for (const entry of fresh.splice(0)) {
+      entry.element = render(entry);
+      entry.element.hidden = !matches(entry);
+      entries.push(entry);
+      log.append(entry.element);
+    }
+    for (const entry of entries.splice(0, entries.length - MOST_ENTRIES)) {
+      entry.element.remove();
+      missed++;
+    }
+    if (atEnd) log.scrollTop = log.scrollHeight;
+  }
+  const older = missed ? `, ${missed} more are gone` : "";
+  get("count").textContent = `${entries.length} shown`
+    + (isPaused ? `, ${fresh.length} wait` : "") + older;
+}
+
+const textOf = data => typeof data === "string" ? data : JSON.stringify(data);
+
+function matches({ note, message }) {
+  const wanted = value("filter").toLowerCase();
+  return Boolean(note) || [message.channel, message.user, textOf(message.data)].some(text =>
+    String(text).toLowerCase().includes(wanted));
+}
+
+function render({ time, note, isBad, isOwn, message }) {
+  const clock = make("time", time.toLocaleTimeString(), "quiet");
+  if (note) {
+    const element = make("div", "", isBad ? "entry note bad" : "entry note");
+    element.append(clock, ` ${note}`);
+    return element;
+  }
+  const element = make("div", "", isOwn ? "entry own" : "entry"), who = make("div", "", "who");
+  const text = make("div", textOf(message.data), "text"), copy = make("button", "Copy");
+  const sender = isOwn ? "from here" : message.user ? `from ${message.user}` : "";
+  who.append(make("strong", message.channel), make("span", sender, "quiet"));
+  text.append(make("span", message.id, "id quiet"));
+  copy.type = "button";
+  copy.onclick = async () => {
+    try {
+      await navigator.clipboard.writeText(JSON.stringify(message));
+      copy.textContent = "Copied";
+    } catch {
+      copy.textContent = "No access";
+    }
+  };
+  element.append(clock, who, text, copy);
+  return element;
+}
+
+// The connection
+
+let philote = null;
+
+function showState() {
+  const state = philote?.state ?? "closed";
+  get("state").textContent = state === "closed" ? "not connected" : state;
+  get("state").dataset.state = state;
+  get("position").textContent = philote?.position || "-";
+  get("cut").disabled = state !== "open";
+  get("leave").disabled = state === "closed";
+}
+
+function connect() {
+  philote?.close();
+  const token = value("token"), claims = claimsOf(token);
+  const current = new Philote(undefined, { token });
+  philote = current;
+  current.addEventListener("open", ({ detail }) => {
+    add({ note: `connected as ${detail.issuer}` });
+  });
+  current.addEventListener("closed", ({ detail: { code, reason, delay } }) => {
+    const again = delay === null ? "" : `, trying again in ${(delay / 1000).toFixed(1)} s`;
+    add({ note: `connection ended with ${code}${reason && `: ${reason}`}${again}`,
+          isBad: code !== 1000 });
+    if (code === 1006 && !current.issuer) tellWhy(token);
+  });
+  current.addEventListener("gap", ({ detail }) => {
+    add({ note: `messages may be missing before ${detail.id}`, isBad: true });
+  });
+  current.addEventListener("error", ({ detail: { code, reason } }) => {
+    add({ note: `${code}: ${reason}`, isBad: true });
+  });
+  const asked = value("follow") ? value("follow").split(/[\s,]+/).filter(Boolean)
+    : names(claims.read);
+  // A message that several of them match is to be seen once.
+  const covered = name => asked.some(other => other !== name && other.endsWith("*")
+    && name.startsWith(other.slice(0, -1)));
+  const past = { last: value("last") ? Number(value("last")) : undefined,
+                 since: value("since") || undefined };
+  for (const name of new Set(asked)) {
+    if (!covered(name)) current.subscribe(name, message => add({ message }), past);
+  }
+  follow(claims.api === true ? token : "");
+}
+
+const ask = (path, token) => fetch(path, { headers: { Authorization: `Bearer ${token}` } });
+
+// A browser does not let a page see why a WebSocket was refused.
+async function tellWhy(token) {
+  try {
+    const answer = await ask("api/history?last=0", token);
+    if (!answer.ok) add({ note: (await answer.json()).reason, isBad: true });
+  } catch {
+    add({ note: "the server cannot be reached", isBad: true });
+  }
+}
+
+// Publishing
+
+function readData() {
+  return get("json").checked ? JSON.parse(get("data").value) : get("data").value;
+}
+
+function showCurl() {
+  try {
+    const body = JSON.stringify({ channel: value("channel"), data: readData() });
+    get("curl").textContent = `curl -d '${body.replaceAll("'", `'\\''`)}' \\\n`
+      + `  -H "Authorization: Bearer $TOKEN" ${new URL("api/publish", location.href)}`;
+  } catch (error) {
+    get("curl").textContent = String(error);
+  }
+}
+
+async function publish() {
+  const channel = value("channel");
+  try {
+    if (!philote) throw new Error("not connected");
+    const data = readData(), id = await philote.publish(channel, data);
+    get("outcome").textContent = id;
+    add({ message: { id, user: "", channel, data }, isOwn: true });
+  } catch (error) {
+    get("outcome").textContent = error.message;
+    add({ note: `not published: ${error.message}`, isBad: true });
+  }
+}
+
+// What the server is doing
+
+let apiToken = "", poll = 0, before = null, rates = [];
+
+function follow(token) {
+  clearTimeout(poll);
+  apiToken = token;
+  before = null;
+  rates = [];
+  get("state-of-server").hidden = !token;
+  if (token) look();
+}
+
+async function look() {
+  const token = apiToken;
+  try {
+    const [info, metrics] = await Promise.all([ask("api/info", token), ask("metrics", token)]);
+    if (info.ok && metrics.ok && token === apiToken) {
+      showServer(await info.json(), await metrics.text());
+    }
+  } catch {
+    before = null; // it cannot be reached; the log says so
+  }
+  if (token === apiToken && token) poll = setTimeout(look, PAUSE);
+}
+
+function showServer(info, text) {
+  const metric = name => Number(new RegExp(`^philote_${name} (\\d+)`, "m").exec(text)?.[1] ?? 0);
+  const now = { time: performance.now(), count: metric("messages_published_total") };
+  if (before) {
+    rates.push(Math.max(0, 1000 * (now.count - before.count) / (now.time - before.time)));
+    rates.splice(0, rates.length - MOST_SAMPLES);
+  }
+  before = now;
+  showRates();
+  const facts = {
+    "version": info.version, "up for": duration(info.uptime_in_seconds),
+    "connections": info.connections, "channels joined": info.channels,
+    "slow consumers": metric("slow_consumers_total"),
+    "bytes queued": metric("queued_bytes").toLocaleString(),
+    "messages kept": info.history_messages.toLocaleString(),
+    "bytes kept": info.history_bytes.toLocaleString(),
+    "oldest kept": info.history_oldest
+      ? new Date(Number(info.history_oldest.split("-")[0])).toLocaleTimeString() : "-",
+    "came back": info.resumes, "came back late": info.resumes_failed, "gaps": info.gaps,
+    ...info.cluster ? { "Redis": info.cluster.up ? "up" : info.cluster.reason || "down" } : {},
+  };
+  get("facts").replaceChildren(...Object.entries(facts).map(([name, fact]) => {
+    const pair = document.createElement("div");
+    pair.append(make("dt", name), make("dd", String(fact)));
+    return pair;
+  }));
+  get("servers").hidden = !info.cluster;
+  get("servers").tBodies[0].replaceChildren(...(info.cluster?.servers ?? []).map(server => {
+    const row = document.createElement("tr");
+    const since = new Date(1000 * server.since).toLocaleString();
+    row.append(...[server.id, server.host, server.version, server.connections, since].map(cell =>
+      make("td", String(cell))));
+    return row;
+  }));
+}
+
+function showRates() {
+  const most = Math.max(1, ...rates), now = rates.at(-1) ?? 0;
+  const rate = `${now.toFixed(1)} messages a second, ${most.toFixed(0)} at most in five minutes`;
+  get("rate").textContent = rate;
+  get("plot").setAttribute("aria-label", rate);
+  get("plot").firstElementChild.setAttribute("points", rates.map((number, index) =>
+    `${300 - 2 * (rates.length - 1 - index)},${58 - 56 * number / most}`).join(" "));
+}
+
+// Controls
+
+function on(id, type, work) {
+  get(id).addEventListener(type, event => {
+    event.preventDefault();
+    work();
+    showState();
+  });
+}
+
+on("connect", "submit", connect);
+on("make", "click", makeToken);
+on("cut", "click", () => {
+  add({ note: "cut by hand" });
+  dispatchEvent(new Event("offline")); // as if the network were gone
+});
+on("leave", "click", () => { philote.close(); philote = null; follow(""); });
+on("publish", "submit", publish);
+on("clear", "click", () => {
+  for (const { element } of entries.splice(0)) element.remove();
+  fresh = [];
+  missed = 0;
+  show();
+});
+on("pause", "click", () => {
+  isPaused = !isPaused;
+  get("pause").setAttribute("aria-pressed", String(isPaused));
+  show();
+});
+get("filter").addEventListener("input", () => {
+  for (const entry of entries) entry.element.hidden = !matches(entry);
+});
+get("token").addEventListener("input", showClaims);
+get("publish").addEventListener("input", showCurl);
+get("data").addEventListener("keydown", event => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) get("publish").requestSubmit();
+});
+get("offer").hidden = document.documentElement.dataset.secret === "set" || !crypto.subtle;
+showCurl();
+setInterval(() => { showState(); showClaims(); }, 1000);
+"""
 
 
 if __name__ == "__main__":

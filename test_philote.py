@@ -18,6 +18,7 @@ import gc
 import hashlib
 import hmac
 import http.client
+import http.server
 import itertools
 import json
 import logging
@@ -45,6 +46,7 @@ import hypothesis
 import hypothesis.strategies as st
 import jwt
 import kosoku
+import playwright.sync_api
 import prometheus_client.parser
 import pytest
 import websockets.exceptions
@@ -449,7 +451,7 @@ def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(name, value):
 
 def test_the_readmes_table_names_every_setting_and_its_default():
     rows = re.findall(r"(?m)^\| `([A-Z_]+)` \| ([^|]+) \|", (HERE / "README.md").read_text())
-    shown = {"": ("empty", "all interfaces"), False: ("false",)}
+    shown = {"": ("empty", "all interfaces"), False: ("false",), True: ("true",)}
     assert sorted(name.lower() for name, _ in rows) == sorted(vars(philote.Settings()))
     for name, default in rows:
         value = getattr(philote.Settings(), name.lower())
@@ -1582,7 +1584,7 @@ INFO = ("version python implementation gil num_cpu pid uptime_in_seconds tcp_por
         "max_connections channels read_buffer_size write_buffer_size check_origin host loglevel "
         "max_message_size max_queue_size max_message_rate ping_interval request_timeout "
         "shutdown_timeout max_subscriptions history_time history_size history_messages "
-        "history_bytes history_oldest resumes resumes_failed gaps").split()
+        "history_bytes history_oldest console resumes resumes_failed gaps").split()
 
 
 def info_of(server):
@@ -2722,6 +2724,8 @@ def test_a_subscription_brings_what_it_asks_for_of_the_past_before_its_answer(se
             "channels": ["b"], "id": ids[5], "resumed": True}
         publish_to(server, "a", 6)
         assert number(client.receive()["id"]) > number(ids[5])  # now all messages have ids
+        assert client.ask(subscribe=["b"], last=1)["id"] == ids[5]  # joined as it is
+        assert "subscribed" in client.receive()
         client.ask(unsubscribe=["b"])
         assert client.ask(subscribe=["b"], since="0-1", last=1)["id"] == ids[5]
         assert client.receive()["subscribed"]["resumed"] is False
@@ -3919,10 +3923,12 @@ def test_a_certificate_of_nobody_is_refused(server, certificate):
 # A client that comes back
 
 class Proxy:
-    """A TCP proxy in front of a server, which can cut all connections that go through it."""
+    """A TCP proxy in front of a server, which can cut or stall all that goes through it."""
 
     def __init__(self, server):
         self.server, self.pairs, self.count, self.is_open = server, [], 0, True
+        self.flows = threading.Event()
+        self.flows.set()
         self.listener = socket.create_server(("127.0.0.1", 0))
         self.url = f"ws://127.0.0.1:{self.listener.getsockname()[1]}"
         threading.Thread(target=self.accept, daemon=True).start()
@@ -3933,6 +3939,7 @@ class Proxy:
     def __exit__(self, *_):
         self.listener.shutdown(socket.SHUT_RDWR)
         self.listener.close()
+        self.flows.set()
         self.cut()
 
     def accept(self):
@@ -3951,6 +3958,7 @@ class Proxy:
         source.settimeout(None)
         with contextlib.suppress(OSError):
             while data := source.recv(2000):
+                self.flows.wait()
                 target.sendall(data)
         for sock in source, target:
             with contextlib.suppress(OSError):
@@ -4878,3 +4886,368 @@ def test_each_form_serves_subscribes_and_publishes(forms, name):
 def test_the_zipapp_hands_on_the_exit_status(forms, words, environ, status):
     done = run(*words, **forms["zipapp"], **environ)
     assert done[0] == status and is_one_line(done[1] + done[2])
+
+
+# ------------------------------------------------------------------------------- the browser client
+# In a real Chromium, and in Node. Where they are missing these tests are skipped, and say how to
+# get them; with BROWSERS=1 in the environment they fail instead.
+
+CHROMIUM = next(filter(None, map(shutil.which, (
+    "chromium", "chromium-browser", "google-chrome"))), None)
+FLAGS = ["--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
+         "--disable-background-networking", "--disable-component-update", "--disable-sync"]
+START = """([url, options, names]) => import("/philote.js").then(({ Philote }) => {
+  window.seen = [];
+  window.got = [];
+  window.philote = new Philote(url, { minDelay: 20, maxDelay: 100, ...options });
+  for (const type of ["open", "closed", "gap", "error"]) {
+    philote.addEventListener(type, event => seen.push([type, event.detail]));
+  }
+  window.follow = (name, past) => philote.subscribe(name, message => got.push(message.data), past);
+  names.forEach(name => follow(name));
+})"""
+
+
+def need(found, how):
+    """Skip a test for want of a program, or fail where none may be skipped."""
+    if not found:
+        (pytest.fail if os.environ.get("BROWSERS") else pytest.skip)(how)
+
+
+@pytest.fixture(scope="module")
+def browser():
+    need(CHROMIUM, "no Chromium here; get it with: apt-get install chromium")
+    with playwright.sync_api.sync_playwright() as tool:
+        browser = tool.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def tab(browser, server):
+    """A page of the server's origin, with nothing on it."""
+    with browser.new_context() as context:
+        yield new_tab(context, server)
+
+
+def new_tab(context, server, path="health", host="127.0.0.1"):
+    page = context.new_page()
+    page.set_default_timeout(1000 * PATIENCE)
+    page.faults = []
+    page.on("console", lambda line: line.type == "error" and "favicon" not in line.location["url"]
+            and page.faults.append(line.text))
+    page.on("pageerror", lambda error: page.faults.append(str(error)))
+    page.goto(f"http://{host}:{port_of(server)}/{path}")
+    return page
+
+
+def start(page, url, *names, token=None, **options):
+    """Make a client in a page that follows channels, and wait until it has joined them."""
+    page.evaluate(START, [url, {"token": token or make_token(["a", "b*"], ["a"]), **options},
+                          names])
+    page.wait_for_function("philote.state === 'open'")
+    page.evaluate("philote.publish('a', 'joined')")  # is answered behind the subscriptions
+
+
+def seen(page, kind):
+    return page.evaluate("kind => seen.filter(([type]) => type === kind).map(pair => pair[1])",
+                         kind)
+
+
+def wait_for_data(page, expected):
+    page.wait_for_function("count => got.length >= count", arg=len(expected))
+    assert page.evaluate("got") == expected
+
+
+def test_the_script_and_the_page_are_served_with_what_a_browser_must_know(server):
+    for path, accept, kind in ("/philote.js", "*/*", "javascript"), ("/", "text/html,*/*", "html"):
+        status, headers, body = call(server, "GET", path, headers={"Accept": accept})
+        assert (status, headers["content-type"]) == (200, f"text/{kind}; charset=utf-8")
+        assert headers["x-content-type-options"] == "nosniff" and b"Philote" in body
+        assert headers["cache-control"] == "no-cache" and "unsafe" not in headers[
+            "content-security-policy"] and headers["referrer-policy"] == "no-referrer"
+        for known in (headers["etag"], f'"x", W/{headers["etag"]}', "*"):
+            again = call(server, "GET", path, headers={"Accept": accept, "If-None-Match": known})
+            assert again[0] == 304 and again[2] == b"" and again[1]["etag"] == headers["etag"]
+            assert "content-length" not in again[1]
+        assert call(server, "GET", path, headers={
+            "Accept": accept, "If-None-Match": '"other"'})[0] == 200
+    assert "frame-ancestors 'none'" in headers["content-security-policy"]
+    assert call(server, "GET", "/", headers={"Accept": "*/*"})[0] == 426
+
+
+@with_settings(console=False)
+def test_the_console_can_be_turned_off_and_the_script_stays(server):
+    assert call(server, "GET", "/", headers={"Accept": "text/html"})[0] == 404
+    assert call(server, "GET", "/")[0] == 426 and call(server, "GET", "/philote.js")[0] == 200
+
+
+def test_the_scripts_are_sound(tmp_path):
+    need(shutil.which("node"), "no Node here; get it with: apt-get install nodejs")
+    for name, text in ("a", philote.PHILOTE_JS), ("b", philote._CONSOLE_SCRIPT):
+        (tmp_path / f"{name}.mjs").write_text(text)
+        subprocess.run(["node", "--check", tmp_path / f"{name}.mjs"], check=True)
+    tsc = shutil.which("tsc")
+    need(tsc, "no TypeScript here; get it with: npm install -g typescript")
+    done = subprocess.run(
+        [tsc, "--checkJs", "--strict", "--noEmit", "--target", "es2022", "--module", "es2022",
+         "--lib", "es2022,dom,dom.iterable", "a.mjs"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_a_page_subscribes_and_publishes(server, tab, reader):
+    start(tab, url_of(server), "a", "c", "b*")
+    tab.wait_for_function("seen.some(([type]) => type === 'error')")
+    tab.evaluate("philote.publish('a', 'joined')")  # the others were asked for once more
+    publish(server, [{"channel": "b1", "data": n} for n in range(2)], make_token(write=["b1"]))
+    wait_for_data(tab, [0, 1])
+    assert [error["code"] for error in seen(tab, "error")] == ["forbidden"]
+    identity = tab.evaluate("philote.publish('a', {deep: [1]})")
+    assert re.fullmatch(r"\d+-\d+", identity) and reader.receive_data(3) == [
+        "joined", "joined", {"deep": [1]}]
+    assert tab.evaluate("philote.publish('z', 1).catch(error => error.code)") == "forbidden"
+    tab.evaluate("philote.close()")
+    assert tab.evaluate("philote.publish('a', 1).catch(error => error.code)") == "closed"
+    assert seen(tab, "closed")[0]["delay"] is None and not tab.faults
+
+
+def test_each_callback_gets_each_message_once_and_what_it_asked_for_of_the_past(server, tab):
+    token = make_token(write=["b1"])
+    publish(server, [{"channel": "b1", "data": n} for n in range(5)], token)
+    start(tab, url_of(server), "b1", "b*")
+    for name, past in (("b1", {"last": 2}), ("b*", {"last": 1}), ("b1", {"since": "10m"})):
+        tab.evaluate("""([name, past]) => { window.more = [...window.more ?? [], []];
+          const list = more.at(-1); philote.subscribe(name, message => list.push(message.data),
+          past); }""", [name, past])
+    tab.evaluate("philote.publish('a', '')")
+    publish(server, {"channel": "b1", "data": 5}, token)
+    tab.wait_for_function("more.every(list => list.includes(5))")
+    assert tab.evaluate("more") == [[3, 4, 5], [4, 5], [*range(6)]]
+    assert tab.evaluate("got") == [5, 5]
+
+
+def test_a_subscription_ends_and_a_page_goes_on_where_an_earlier_one_was(server, tab):
+    start(tab, url_of(server), "b1", "b1")
+    position = tab.evaluate("philote.position")
+    tab.evaluate("window.stops = ['b2', 'b2'].map(name => follow(name)); philote.publish('a', '')")
+    assert channel_count(server) == 2
+    tab.evaluate("stops[0](); philote.publish('a', '')")
+    publish(server, [{"channel": name, "data": name} for name in ("b1", "b2")],
+            make_token(write=["b*"]))
+    wait_for_data(tab, ["b1", "b1", "b2"])
+    tab.evaluate("stops[1](); philote.publish('a', '')")
+    assert channel_count(server) == 1
+    tab.evaluate("philote.close()")
+    start(tab, url_of(server), "b*", since=position)
+    wait_for_data(tab, ["b1", "b2"])
+
+
+def test_a_hundred_publications_wait_for_a_connection_and_no_more(tab):
+    assert tab.evaluate("""url => import("/philote.js").then(async ({ Philote }) => {
+      const philote = new Philote(url, { token: () => new Promise(() => {}) });
+      const all = Array.from({ length: 101 }, () => philote.publish("a", 1).catch(e => e.code));
+      const first = await Promise.race(all);
+      philote.close();
+      return [first, new Set(await Promise.all(all)).size, philote.state];
+    })""", free_url()) == ["closed", 1, "closed"]
+
+
+def test_two_tabs_that_are_cut_again_and_again_miss_nothing(server, browser, proxy):
+    with browser.new_context() as context:
+        tabs = [new_tab(context, server) for _ in range(2)]
+        for page in tabs:
+            start(page, proxy.url, "b*", "bx")
+        for part in range(5):
+            publish(server, [{"channel": "bx", "data": n}
+                             for n in range(200 * part, 200 * part + 200)], make_token(write="*"))
+            proxy.cut()
+            tabs[part % 2].wait_for_function(
+                "count => got.length >= count", arg=2 * 200 * (part + 1))
+        for page in tabs:
+            wait_for_data(page, [n for n in range(1000) for _ in range(2)])
+            assert not seen(page, "gap") and len({s["issuer"] for s in seen(page, "open")}) > 1
+
+
+def test_a_burst_of_10000_messages_arrives_in_order(server, tab):
+    start(tab, url_of(server), "b*")
+    publish(server, [{"channel": "b", "data": n} for n in range(10_000)], make_token(write=["b"]))
+    wait_for_data(tab, [*range(10_000)])
+
+
+def test_a_page_comes_back_to_a_server_that_was_restarted_and_knows_of_the_gap(server, tab):
+    token = make_token(["a"], ["a"])
+    with running() as first:
+        port = port_of(first)
+        start(tab, url_of(first), "a", token=token)
+    tab.wait_for_function("philote.state !== 'open'")
+    assert seen(tab, "closed")[0]["code"] == 1001
+    waiting = tab.evaluate("window.later = philote.publish('a', 'later'); philote.state")
+    assert waiting != "open"
+    with running(port=port) as second:
+        assert tab.evaluate("later")
+        publish(second, {"channel": "a", "data": "new"})
+        wait_for_data(tab, ["new"])
+        assert len(seen(tab, "gap")) == 1
+
+
+def test_a_page_that_is_offline_comes_back_when_it_is_online(server, tab):
+    start(tab, url_of(server), "a")
+    tab.context.set_offline(True)
+    tab.wait_for_function("philote.state !== 'open'")
+    publish(server, {"channel": "a", "data": "missed"})
+    tab.context.set_offline(False)
+    wait_for_data(tab, ["missed"])
+    assert not seen(tab, "gap")
+
+
+def test_a_connection_that_stalls_is_given_up(tab, server, proxy):
+    start(tab, proxy.url, "a")
+    proxy.flows.clear()
+    tab.evaluate("void (window.lost = philote.publish('a', 1).catch(error => error.code))")
+    tab.evaluate("window.dispatchEvent(new Event('pageshow'))")  # asks whether it lives
+    tab.wait_for_function("seen.some(([type]) => type === 'closed')")
+    assert "silent" in seen(tab, "closed")[0]["reason"] and tab.evaluate("lost") == "unknown"
+    proxy.flows.set()
+    publish(server, {"channel": "a", "data": "after"})
+    tab.wait_for_function("got.includes('after')")
+
+
+def test_a_token_is_asked_for_again_when_it_expires(server, tab):
+    tokens = [make_token(["a"], ["a"], exp=in_seconds(1)), make_token(["a"], exp=5),
+              make_token(["a"], ["a"])]
+    tab.evaluate("tokens => { window.tokens = tokens }", tokens)
+    tab.evaluate("""url => import("/philote.js").then(({ Philote }) => {
+      window.got = [];
+      window.codes = [];
+      window.philote = new Philote(url, { token: () => tokens.shift(), minDelay: 50 });
+      philote.addEventListener("closed", event => codes.push(event.detail.code));
+      philote.subscribe("a", message => got.push(message.data));
+    })""", url_of(server))
+    tab.wait_for_function("codes.length >= 2 && philote.state === 'open'")
+    assert tab.evaluate("codes") == [4401, 1006] and tab.evaluate("tokens.length") == 0
+    publish(server, {"channel": "a", "data": "x"})
+    wait_for_data(tab, ["x"])
+
+
+class Pages(http.server.BaseHTTPRequestHandler):
+    """Serves one page, of another origin than the server under test."""
+
+    def do_GET(self):
+        self.send_response(200)
+        self.send_header("Content-Type", "text/html")
+        self.end_headers()
+        self.wfile.write(self.server.page.encode())
+
+    def log_message(self, *_):
+        pass
+
+
+def test_it_runs_in_firefox_in_a_page_of_another_origin(server, tmp_path):
+    firefox = shutil.which("firefox-esr") or shutil.which("firefox")
+    need(firefox, "no Firefox here; get it with: apt-get install firefox-esr")
+    with http.server.HTTPServer(("127.0.0.1", 0), Pages) as pages, background(pages.serve_forever):
+        pages.page = f"""<!doctype html><script type="module">
+            import {{ Philote }} from "http://127.0.0.1:{port_of(server)}/philote.js";
+            const philote = new Philote(undefined, {{ token: "{make_token(["b"], ["a"])}" }});
+            philote.subscribe("b", message => philote.publish("a", message.data + 1));
+            await philote.publish("a", "ready");
+            await philote.publish("a", "joined");</script>"""
+        with RawClient(server, ["a"]) as reader, Command(
+                "--headless", "--no-remote", "--profile", str(tmp_path),
+                f"http://127.0.0.1:{pages.server_port}/", launcher=[firefox], HOME=str(tmp_path)):
+            reader.sock.settimeout(4 * PATIENCE)  # Firefox takes its time to start
+            assert reader.receive_data(2) == ["ready", "joined"]
+            publish(server, {"channel": "b", "data": 41}, make_token(write=["b"]))
+            assert reader.receive()["data"] == 42
+        pages.shutdown()
+
+
+def test_it_runs_in_node(server, tmp_path):
+    node = shutil.which("node")
+    need(node, "no Node here; get it with: apt-get install nodejs")
+    flag = [] if int(run("--version", launcher=[node])[1][1:].split(".")[0]) > 21 else [
+        "--experimental-websocket"]
+    (tmp_path / "philote.mjs").write_text(philote.PHILOTE_JS)
+    (tmp_path / "main.mjs").write_text("""
+        import { Philote } from "./philote.mjs";
+        const philote = new Philote(process.argv[2], { token: process.argv[3] });
+        philote.subscribe("a", message => { console.log(message.data); philote.close(); });
+        await philote.publish("a", "ready");""")
+    with RawClient(server, ["a"]) as reader, Command(
+            str(tmp_path / "main.mjs"), url_of(server), make_token(["a"], ["a"]),
+            launcher=[node, *flag]) as command:
+        assert reader.receive()["data"] == "ready"
+        publish(server, {"channel": "a", "data": "hello"})
+        status, out, _ = command.end()
+        assert (status, out) == (0, "hello\n")
+
+
+# -------------------------------------------------------------------------------------- the console
+
+def test_a_person_uses_the_console_from_top_to_bottom(server, browser):
+    token = make_token(["*"], ["*"], sub="alice", api=True)
+    hostile = "<img src=x onerror=\"document.title='caught'\">"
+    with browser.new_context() as context:
+        page = new_tab(context, server, "", "localhost")
+        log, button = page.get_by_role("log"), partial(page.get_by_role, "button")
+        page.get_by_label("Token").fill(token)
+        page.get_by_text("alice").wait_for()
+        button(name="Connect").click()
+        page.locator("[data-state=open]").wait_for()
+        page.get_by_label("Channel").fill("chat.de")
+        page.get_by_label("Data").fill("it's me")
+        button(name="Publish").click()
+        log.get_by_text("it's me").wait_for()
+        publish(server, {"channel": "news", "data": hostile}, make_token(write=["*"], sub=hostile))
+        log.get_by_text(hostile).first.wait_for()
+        assert log.locator("img").count() == 0 and page.title() == "Philote"
+        page.get_by_label("Filter").fill("chat")
+        assert not log.get_by_text(hostile).first.is_visible()
+        page.get_by_label("Filter").fill("")
+        button(name="Pause").click()
+        publish(server, {"channel": "news", "data": "held"}, make_token(write=["*"]))
+        page.get_by_text("1 wait").wait_for()
+        button(name="Pause").click()
+        log.get_by_text("held").wait_for()
+        button(name="Cut").click()
+        log.get_by_text("connected as").nth(1).wait_for()
+        page.get_by_text("slow consumers").wait_for()
+        assert "curl -d" in page.locator("#curl").text_content() and token not in page.url
+        assert page.locator("html").evaluate(
+            "() => localStorage.length + sessionStorage.length") == 0
+        assert not page.faults
+
+
+@with_settings(secret="")
+def test_without_a_secret_the_console_lets_its_user_in_on_a_narrow_screen(server, browser):
+    with browser.new_context(viewport={"width": 380, "height": 700}) as context:
+        page = new_tab(context, server, "", "localhost")
+        page.get_by_role("button", name="Let me in").click()
+        page.locator("[data-state=open]").wait_for()
+        assert page.locator("html").evaluate("page => page.scrollWidth") == 380
+        assert not page.faults
+
+
+def test_the_console_says_why_a_token_was_refused(server, browser):
+    with browser.new_context() as context:
+        page = new_tab(context, server, "")
+        page.get_by_label("Token").fill(make_token(["a"], exp=5))
+        page.get_by_text("it has expired").wait_for()
+        page.get_by_role("button", name="Connect").click()
+        page.get_by_role("log").get_by_text("the token has expired").first.wait_for()
+
+
+def test_the_console_shows_the_servers_of_a_cluster(server, browser):
+    def add_cluster(route):
+        answer = route.fetch()
+        route.fulfill(response=answer, json={**answer.json(), "cluster": {
+            "up": False, "reason": "no answer", "servers": [
+                {"id": "one", "host": "<b>h</b>", "version": "1", "connections": 3, "since": 5}]}})
+
+    with browser.new_context() as context:
+        page = new_tab(context, server, "")
+        page.route("**/api/info", add_cluster)
+        page.get_by_label("Token").fill(API)
+        page.get_by_role("button", name="Connect").click()
+        page.get_by_role("cell", name="<b>h</b>").wait_for()
+        page.get_by_text("no answer").wait_for()
