@@ -1351,12 +1351,12 @@ class Poller(threading.Thread):
 _COUNTER_BITS = 64
 _COUNTER = (1 << _COUNTER_BITS) - 1
 _ID = re.compile("([0-9]{1,19})-([0-9]{1,19})", re.ASCII)
-_SCAN = 2000  # messages that are looked at while the lock is held
+_SCAN = 2000  # groups that are looked at, messages that are forgotten, while the lock is held
 _PIECE = 32768  # bytes of messages that are sent at a time to one who catches up
 _LAST_PIECE = 64  # messages that may be encoded under the lock
 _KEPT_OVERHEAD = 64  # bytes that Python takes to keep a message, beside its JSON
 _GROUP_OVERHEAD = 250  # and to keep together what was published together
-_CHANNEL_OVERHEAD = 900  # and to keep the ids of a channel, beside its name
+_CHANNEL_OVERHEAD = 900  # and to keep the groups of a channel, beside its name
 _MAX_PATTERN_SIZE = 256  # characters: each size that anybody joined is looked for at each message
 
 
@@ -1438,6 +1438,10 @@ Group = tuple[int, str, Sequence[bytes], int]
 _FORGOTTEN: Group = 0, "", (), 0
 
 
+def _last_id(group: Group) -> int:
+    return group[0] + len(group[2]) - 1
+
+
 class History:
     """The last messages of the log, within a time and a size. Guarded by the log's lock.
 
@@ -1476,14 +1480,14 @@ class History:
     def trim(self, now: int) -> None:
         """Forget what is too old or too much."""
         groups, at, oldest = self.groups, self.start, now - self.time
-        most = at + _SCAN  # so many at a time; others go with the next messages
+        least = self.count - _SCAN  # so many at a time; others go with the next messages
         limit = self.limit if self.size <= self.limit else self.limit - (self.limit >> 6)
         while at < len(groups) and (
-                self.size > limit or groups[at][0] < oldest and at < most):
-            first, name, payloads, size = groups[at]
+                self.size > limit or groups[at][0] < oldest and self.count > least):
+            _, name, payloads, size = groups[at]
+            self.floor = _last_id(groups[at])
             groups[at] = _FORGOTTEN
             at += 1
-            self.floor = first + len(payloads) - 1
             self.count -= len(payloads)
             self.size -= size
             kept = self.by_name[name][1]
@@ -1503,35 +1507,28 @@ class History:
         What was published since `begun` is left out where it is among `live`, which the subscriber
         has had since then.
         """
-        prefixes, entries, size = names.prefixes, list[Entry](), 0
-        begin = self._index(position + 1)
-        end = begin + _SCAN // (1 + len(prefixes) // 10) + 1
-        for first, name, payloads, _ in self.groups[begin:end]:
+        prefixes, begin = names.prefixes, self._index(position + 1)
+        groups = self.groups[begin:begin + _SCAN // (1 + len(prefixes) // 10) + 1]
+        entries, full = self._gather(
+            (number, payload) for first, name, payloads, _ in groups
             if (name in names or prefixes and name.startswith(prefixes)) and not (
-                    live and first > begun and live.cover(name)):
-                done = max(0, position + 1 - first)
-                for number, payload in enumerate(payloads[done:], first + done):
-                    entries.append((number, payload))
-                    size += len(payload)
-                    if size >= self.piece:
-                        return entries, number
-            position = max(position, first + len(payloads) - 1)
-        return entries, position
+                live and first > begun and live.cover(name))
+            for number, payload in enumerate(payloads, first) if number > position)
+        if not full and groups:
+            position = max(position, _last_id(groups[-1]))
+        return entries, entries[-1][0] if full else position
 
     def ends_at(self, position: int) -> bool:
         """Whether nothing lies behind an id."""
-        return not self.count or position >= self.groups[-1][0] + len(self.groups[-1][2]) - 1
+        return not self.count or position >= _last_id(self.groups[-1])
 
     def find(self, ids: Iterable[int]) -> list[Entry]:
         """Read a piece of the messages with these ids, which are kept and rise."""
-        entries, size = list[Entry](), 0
-        for position in ids:
+        def read(position: int) -> Entry:
             first, _, payloads, _ = self.groups[self._index(position)]
-            entries.append((position, payloads[position - first]))
-            size += len(payloads[position - first])
-            if size >= self.piece:
-                break
-        return entries
+            return position, payloads[position - first]
+
+        return self._gather(map(read, ids))[0]
 
     def last(self, count: int, names: Iterable[str]) -> list[int]:
         """List the ids of the last messages of each channel."""
@@ -1542,6 +1539,16 @@ class History:
                     (position for first, _, payloads, _ in reversed(self.by_name[name][1])
                      for position in reversed(range(first, first + len(payloads)))), count)
         return sorted(found)
+
+    def _gather(self, found: Iterable[Entry]) -> tuple[list[Entry], bool]:
+        # As many as make a piece, and whether they do.
+        entries, size = list[Entry](), 0
+        for entry in found:
+            entries.append(entry)
+            size += len(entry[1])
+            if size >= self.piece:
+                return entries, True
+        return entries, False
 
     def _index(self, position: int) -> int:
         # Of the group that has this id or, if that is forgotten, the first of all.
@@ -2849,16 +2856,22 @@ def show_console(handler: HTTPHandler, request: Request) -> Response:
         raise HTTPError(426, "this is a WebSocket server", headers=_UPGRADE)
     if not handler.server.settings.console:
         raise HTTPError(404, "there is nothing here: CONSOLE is false")
+    page, policy = _make_console(bool(handler.server.settings.secret))
+    return tell_file(request, "html", page, {
+        "Vary": "Accept", "X-Frame-Options": "DENY", "Content-Security-Policy": policy})
+
+
+@functools.cache
+def _make_console(has_secret: bool) -> tuple[bytes, str]:
     script, style = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
                      for text in (_CONSOLE_SCRIPT, _CONSOLE_STYLE))
     page = _CONSOLE_PAGE.replace("STYLE", _CONSOLE_STYLE, 1).replace("SCRIPT", _CONSOLE_SCRIPT, 1)
-    if not handler.server.settings.secret:
+    if not has_secret:
         page = page.replace('data-secret="set"', 'data-secret="empty"', 1)
-    return tell_file(request, "html", page.encode(), {
-        "Vary": "Accept", "X-Frame-Options": "DENY", "Content-Security-Policy":
+    return page.encode(), (
         f"default-src 'none'; script-src 'self' 'sha256-{script}'; style-src 'sha256-{style}'; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
-        "frame-ancestors 'none'"})
+        "frame-ancestors 'none'")
 
 
 class Endpoint(NamedTuple):
@@ -4499,8 +4512,8 @@ export class PhiloteError extends Error {
 /** Make ids comparable as text. @param {string} id */
 const inOrder = id => id.split("-").map(number => number.padStart(20, "0")).join("-");
 
-/** @param {string} name  @param {string} channel */
-const covers = (name, channel) =>
+/** Whether a subscription brings a channel. @param {string} name  @param {string} channel */
+export const covers = (name, channel) =>
   name === channel || name.endsWith("*") && channel.startsWith(name.slice(0, -1));
 
 /** What a token allows, unverified; of one that cannot be read, nothing. @param {string} token */
@@ -4962,7 +4975,7 @@ _CONSOLE_PAGE = r"""<!doctype html>
       <polyline fill="none" vector-effect="non-scaling-stroke"></polyline></svg>
       <figcaption id="rate"></figcaption></figure>
     <dl id="facts" class="facts"></dl>
-    <table id="servers" hidden><caption></caption>
+    <table id="servers" hidden><caption>servers that share the log</caption>
       <thead><tr><th>server<th>host<th>version<th>connections<th>since</thead>
       <tbody></tbody></table>
   </section>
@@ -5062,7 +5075,7 @@ th, td { padding: .3rem .5rem .3rem 0; border-bottom: 1px solid var(--line);
 """
 
 _CONSOLE_SCRIPT = r"""
-import { Philote, claimsOf } from "./philote.js";
+import { Philote, claimsOf, covers } from "./philote.js";
 
 const MOST_ENTRIES = 1000; // in the log
 const MOST_SAMPLES = 150; // in the plot, and
@@ -5219,8 +5232,7 @@ function connect() {
   const asked = value("follow") ? value("follow").split(/[\s,]+/).filter(Boolean)
     : names(claims.read);
   // A message that several of them match is to be seen once.
-  const covered = name => asked.some(other => other !== name && other.endsWith("*")
-    && name.startsWith(other.slice(0, -1)));
+  const covered = name => asked.some(other => other !== name && covers(other, name));
   const past = { last: value("last") ? Number(value("last")) : undefined,
                  since: value("since") || undefined };
   for (const name of new Set(asked)) {
