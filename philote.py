@@ -87,6 +87,7 @@ import hashlib
 import heapq
 import http
 import http.client
+import importlib
 import ipaddress
 import itertools
 import json
@@ -192,6 +193,12 @@ def _parse_secret(text: str) -> str:
     raise ValueError
 
 
+def _parse_redis_url(text: str) -> str:
+    if text and not re.fullmatch(r"(rediss?://[^/\s]|unix://(\S*@)?/)\S*", text):
+        raise ValueError
+    return text
+
+
 _LEVELS = {
     "debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING,
     "error": logging.ERROR, "fatal": logging.CRITICAL, "panic": logging.CRITICAL,
@@ -203,6 +210,7 @@ _HOST = str, "an address or name of this machine, or nothing for all"
 _LEVEL = _parse_level, "one of " + ", ".join(_LEVELS)
 _RATE = _number(0, 10**9, "a number of messages a second (0: no limit)", float)
 _BOOLEAN = _parse_boolean, "true or false"
+_REDIS = _parse_redis_url, "redis://HOST:PORT/DB, rediss:// (TLS) or unix://PATH"
 _ORIGINS = _parse_origins, "true, false, or a list of origins such as https://example.com"
 
 
@@ -232,6 +240,9 @@ class Settings:
     history_size: int = _setting(
         1 << 24, _number(0, 2**40, "a number of bytes"), "bytes of messages that are kept; the "
         "oldest go first")
+    redis_url: str = _setting(
+        "", _REDIS, "all servers that share this Redis are one; needs philote[redis]", shown=False)
+    redis_key: str = _setting("philote", (str, "any text"), "the stream that they share there")
     read_buffer_size: int = _setting(
         1024, _SIZE, "bytes that are read at a time; up to 64 KiB are read anyway")
     write_buffer_size: int = _setting(
@@ -272,7 +283,7 @@ class Settings:
 
 
 def _not_allowed(name: str, value: str, allowed: str) -> str:
-    shown = "what is set" if name == "SECRET" else repr(value[:80])
+    shown = "what is set" if name in ("SECRET", "REDIS_URL") else repr(value[:80])
     return f"{name}: {shown} is not allowed; it takes {allowed}"
 
 
@@ -845,8 +856,8 @@ class Connection:
     __slots__ = (
         "number", "server", "transport", "address", "lock", "state", "handler", "pending", "unsent",
         "size", "sent", "full", "written", "overflowed", "patience", "cut_at", "forgotten", "busy",
-        "last_received", "rate", "credit", "received", "published", "delivered",
-        "bytes_received", "bad_message", "forbidden", "too_many", "__weakref__")
+        "last_received", "rate", "credit", "received", "published", "bytes_received", "bad_message",
+        "forbidden", "too_many", "__weakref__")
 
     def __init__(self, server: Server, sock: socket.socket, address: str) -> None:
         self.number = next(server.numbers)
@@ -874,7 +885,7 @@ class Connection:
         self.last_received = time.monotonic()
         self.rate = RateLimit(server.settings.max_message_rate)
         self.credit: RateLimit | None = None  # see charge()
-        self.received = self.published = self.delivered = self.bytes_received = 0
+        self.received = self.published = self.bytes_received = 0
         self.bad_message = self.forbidden = self.too_many = 0
 
     # Any thread
@@ -1477,6 +1488,12 @@ class History:
         if self.size > self.limit or self.groups[self.start][0] < first - self.time:
             self.trim(first)
 
+    def clear(self, floor: int) -> None:
+        """Forget all."""
+        self.floor = floor
+        self.size = self.count = self.start = 0
+        self.groups, self.by_name = [], {}
+
     def trim(self, now: int) -> None:
         """Forget what is too old or too much."""
         groups, at, oldest = self.groups, self.start, now - self.time
@@ -1556,8 +1573,18 @@ class History:
             self.groups, position, self.start, key=operator.itemgetter(0)) - 1)
 
 
+Tell = Callable[[int, int], None]  # is told a message's id and how many subscribers got it
+
+
 class Log:
     """All that is published, and who has joined what. `position` is the id of the last message."""
+
+    ROWS: tuple[tuple[str, ...], ...] = ()  # more of Metrics.ROWS
+
+    @property
+    def reason(self) -> str:
+        """Why the log cannot be reached; "" where it can."""
+        return ""
 
     def __init__(self, settings: Settings) -> None:
         # Guards all below, and the order of messages in all queues. One lock for all channels
@@ -1572,10 +1599,18 @@ class Log:
         self.prefix_sizes: collections.Counter[int] = collections.Counter()  # of joined patterns
         self.issuers: dict[str, Connection] = {}  # of the subscribers, by id
         self.resumed = self.not_resumed = self.gaps = 0  # replays by how they went
+        self.delivered = 0  # messages queued for subscribers
+
+    def publish(self, batch: Batch) -> None:
+        """Publish messages to a channel, and tell who wants to know."""
+        first, receivers = self.append(
+            batch.channel, batch.payloads, batch.issuer, batch.user, batch.touched)
+        for index, tell in batch.tells:
+            tell(first + index, receivers)
 
     def append(self, name: str, payloads: Sequence[bytes], issuer: str, user: bytes,
-               touched: dict[Connection, Any]) -> tuple[int, int]:
-        """Publish messages of one issuer to a channel; `user` is the part that names him.
+               touched: dict[Connection, Any], first: int = 0) -> tuple[int, int]:
+        """Give messages of one issuer to a channel their ids; `user` is the part that names him.
 
         Returns the first one's id, and how many subscribers they are queued for, the issuer left
         out. These are added to `touched`: the caller flushes their connections, without any lock.
@@ -1586,9 +1621,7 @@ class Log:
         encoded = {encoder: encoder.encode(bare) for encoder in tuple(self.joined.get(name, ()))
                    if not encoder.with_ids}
         with self.lock:
-            first = time.time_ns() // 1_000_000 << _COUNTER_BITS  # _now(), without a call
-            if first <= self.position:
-                first = self.position + 1
+            first = first or max(self.position + 1, time.time_ns() // 1_000_000 << _COUNTER_BITS)
             self.position = first + len(payloads) - 1
             if self.history.limit:
                 self.history.append(first, name, payloads)
@@ -1604,6 +1637,7 @@ class Log:
                     if connection is not own:
                         put(data)
                 touched.update(group)
+            self.delivered += receivers * len(payloads)
         return first, receivers
 
     def replay(self, subscriber: Subscriber, names: Names, past: Past, live: Names,
@@ -1617,6 +1651,7 @@ class Log:
         front and behind, of the position that it stands for, and whether nothing is missing there.
         """
         connection = subscriber.connection
+        self.wait_until(0 if past.partly else past.since or 0)
 
         def begin(position: int, resumed: bool) -> None:
             self.resumed += resumed and past.since is not None
@@ -1645,6 +1680,7 @@ class Log:
 
         Returns them, the id up to which they are complete, and whether nothing is missing.
         """
+        self.wait_until(0 if past.partly else past.since or 0)
         found: list[Entry] = []
         walk = self._walk(names, past, Names(), lambda *_: None, lambda _: found.clear())
         next(walk)
@@ -1687,7 +1723,7 @@ class Log:
         with self.lock:
             self.issuers.pop(subscriber.id, None)
 
-    def totals(self) -> dict[str, int]:
+    def totals(self) -> dict[str, Any]:
         """Count what there is."""
         with self.lock:
             self.history.trim(_now())
@@ -1695,7 +1731,30 @@ class Log:
             return {
                 "channels": len(self.joined), "history_messages": self.history.count,
                 "history_bytes": self.history.size, "history_oldest": oldest,
-                "resumed": self.resumed, "not_resumed": self.not_resumed, "gaps": self.gaps}
+                "resumed": self.resumed, "not_resumed": self.not_resumed, "gaps": self.gaps,
+                "delivered": self.delivered}
+
+    # What a log elsewhere does more, see RedisLog
+
+    def begin(self, is_over: Callable[[], bool]) -> None:
+        """Make ready for the first connection."""
+
+    def wait_for_room(self, connection: Connection, seconds: float = math.inf) -> bool:
+        """Wait until more may be published; returns whether it may."""
+        return True
+
+    def wait_until(self, position: int) -> None:
+        """Wait for an id that another server gave out."""
+
+    def describe(self) -> dict[str, Any]:
+        """Say more for /api/info."""
+        return {}
+
+    def drain(self, deadline: float) -> None:
+        """Wait until all that was published is delivered."""
+
+    def close(self) -> None:
+        """End what begin() began."""
 
     # The holder of the lock
 
@@ -1788,7 +1847,7 @@ class Batch:
     """
 
     __slots__ = ("log", "issuer", "user", "connection", "least", "limit", "channel", "payloads",
-                 "refs", "heads", "size", "touched", "receivers", "last_id")
+                 "tells", "heads", "size", "touched")
 
     def __init__(self, server: Server, issuer: str, user: str, connection: Connection) -> None:
         self.log = server.log
@@ -1798,14 +1857,12 @@ class Batch:
         self.least = self.limit = server.settings.write_buffer_size
         self.channel = ""
         self.payloads: list[bytes] = []  # consecutive messages to that channel
-        self.refs: list[tuple[int, str]] = []  # of those that are to be answered, by their index
+        self.tells: list[tuple[int, Tell]] = []  # who wants to know of which of them, by index
         self.heads: dict[str, str] = {}  # by channel: what all its messages begin with
         self.size = 0
         self.touched: dict[Connection, Any] = {}
-        self.receivers = 0  # how many subscribers there were for what was delivered last
-        self.last_id = 0
 
-    def add(self, channel: str, data: str, ref: str | None = None) -> None:
+    def add(self, channel: str, data: str, tell: Tell | None = None) -> None:
         """Publish a message with data in JSON, by the next flush() at the latest."""
         if channel != self.channel:
             self.deliver()
@@ -1817,8 +1874,8 @@ class Batch:
             head = self.heads[channel] = (
                 f'{{"issuer":"{self.issuer}",{self.user.decode()}"channel":{_quoted(channel)}')
         payload = (f'{head},"data":{data}}}' if data else head + "}").encode()
-        if ref is not None:
-            self.refs.append((len(self.payloads), ref))
+        if tell:
+            self.tells.append((len(self.payloads), tell))
         self.payloads.append(payload)
         self.size += len(payload)
         if self.size >= self.limit:
@@ -1826,20 +1883,11 @@ class Batch:
             self.limit = min(4 * self.limit, _LARGEST_GATHERED)
 
     def deliver(self) -> None:
-        """Append the messages to the log, and tell who published them where it was asked for."""
+        """Append the messages to the log."""
         if self.payloads:
-            count = len(self.payloads)
-            first, self.receivers = self.log.append(
-                self.channel, self.payloads, self.issuer, self.user, self.touched)
-            self.last_id = first + count - 1
-            self.connection.published += count
-            self.connection.delivered += self.receivers * count
-            self.payloads = []
-            if self.refs:
-                for index, ref in self.refs:
-                    self.connection.put(encode_answer(
-                        {"published": {"ref": ref, "id": encode_id(first + index)}}))
-                self.refs = []
+            self.connection.published += len(self.payloads)
+            self.log.publish(self)
+            self.payloads, self.tells = [], []
 
     def flush(self) -> None:
         """Append the messages and write to all that they were queued for."""
@@ -1851,6 +1899,525 @@ class Batch:
             touched, self.touched = self.touched, {}
             for connection in touched:
                 connection.flush()
+
+
+# -------------------------------------------------------------------------------------------- Redis
+# The log of many servers, which are one by it: a stream in Redis (6.2 or later, or Valkey). One
+# thread appends to it what is published here. Another reads what everybody appended, and does what
+# a publisher's thread does in memory. Nothing is delivered before it has been read back, so there
+# is one order for all servers, and to have come back is to be acknowledged.
+#
+# Each server numbers its entries 1, 2, 3, and keeps them until they have come back. After a break
+# it appends again what has not: whoever reads drops a number that it has had, and notices one that
+# it never got. Where messages may be missing, every subscriber is told of a gap.
+#
+# An entry has fields in this order, and the messages' ids are made of its own: MILLISECONDS-N is
+# the first one's where N is the entry's counter, shifted by _INDEX_BITS, and others count on.
+#
+#     philote 1 server ID number N channel NAME issuer ID user JSON message JSON message JSON ...
+#     philote 1 server ID number N heartbeat JSON
+#     philote 1 server ID number 0 lift ""      see RedisLog._lift()
+
+_FORMAT = [b"philote", b"1"]
+_INDEX_BITS = 16  # more messages than a batch ever has
+_HEARTBEAT_TIME = 2  # seconds between heartbeats
+_GONE_TIME = 10  # seconds without one, after which a server is taken to be gone
+_UNAVAILABLE_TIME = 5  # seconds for an answer of Redis, and for an entry to come back
+_OUTBOX_SIZE = 1 << 24  # bytes that may wait to come back; publishers are read no further then
+_MOST_ENTRIES, _MOST_BYTES = 500, 1 << 20  # that are appended, or read, at a time
+_MOST_SERVERS = 1000  # numbers of more are not remembered if they were not heard of for a day
+
+EntryID = tuple[int, int]  # of the stream: milliseconds and a counter
+
+
+def _parse_entry_id(text: bytes) -> EntryID:
+    milliseconds, _, counter = text.partition(b"-")
+    return int(milliseconds), int(counter)
+
+
+class NothingCameBack(OSError):
+    """Entries that were written are not in the log that is read."""
+
+
+class Outgoing:
+    """What is to be appended, until it has come back."""
+
+    __slots__ = ("number", "fields", "size", "tells", "connection", "born", "sent")
+
+    def __init__(self, fields: list[bytes], tells: Sequence[tuple[int, Tell]] = (),
+                 connection: Connection | None = None) -> None:
+        self.number = 0
+        self.fields = fields
+        self.size = sum(map(len, fields)) + _GROUP_OVERHEAD + len(fields) * _KEPT_OVERHEAD
+        self.tells = tells
+        self.connection = connection  # what those write to
+        self.born = time.monotonic()
+        self.sent = 0.0  # when it was sent last; 0 where it has to be sent
+
+
+class Outbox:
+    """What this server appends, until it has come back."""
+
+    def __init__(self) -> None:
+        self.changed = threading.Condition()  # guards all below
+        self.entries: collections.deque[Outgoing] = collections.deque()  # by number
+        self.unsent: collections.deque[Outgoing] = collections.deque()  # the last of these
+        self.size = 0  # bytes, of all
+        self.last_number = 0
+        self.closed = False
+
+    def put(self, entry: Outgoing) -> None:
+        """Let an entry be appended."""
+        with self.changed:
+            self._put(entry)
+            self.changed.notify()
+
+    def take(self, seconds: float) -> list[Outgoing]:
+        """Wait for entries to be sent, so long at most, and take some."""
+        with self.changed:
+            self.changed.wait_for(lambda: self.unsent or self.closed, seconds)
+            taken, size, now = list[Outgoing](), 0, time.monotonic()
+            while self.unsent and len(taken) < _MOST_ENTRIES and size < _MOST_BYTES:
+                entry = self.unsent.popleft()
+                entry.sent = now
+                size += entry.size
+                taken.append(entry)
+        return taken
+
+    def restore(self) -> None:
+        """Let all that has not come back be sent again."""
+        with self.changed:
+            for entry in self.entries:
+                entry.sent = 0
+            self.unsent = self.entries.copy()
+            self.changed.notify()
+
+    def take_back(self, number: int) -> Outgoing | None:
+        """Remove an entry that came back; those before it are not in the log, and appended anew."""
+        with self.changed:
+            lost = []
+            while self.entries and self.entries[0].number <= number:
+                lost.append(self.entries.popleft())
+                self.size -= lost[-1].size
+            found = lost.pop() if lost and lost[-1].number == number else None
+            for entry in lost:
+                self._put(entry)
+            if lost:
+                self.unsent = collections.deque(e for e in self.entries if not e.sent)
+            return found
+
+    def close(self) -> None:
+        """Let nobody wait any more."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify()
+
+    def age(self) -> float:
+        """How long the oldest entry has waited, in seconds."""
+        with self.changed:
+            return time.monotonic() - self.entries[0].born if self.entries else 0.0
+
+    def _put(self, entry: Outgoing) -> None:
+        self.last_number += 1
+        entry.number, entry.sent = self.last_number, 0
+        self.entries.append(entry)
+        self.unsent.append(entry)
+        self.size += entry.size
+
+
+class RedisLog(Log):
+    """A log that many servers share. Its own two threads do all that Redis is asked for."""
+
+    ROWS = (
+        ("redis_up", "gauge", "Whether the log can be reached.", "redis_up"),
+        ("redis_entries_written_total", "counter", "Entries appended.", "redis_written"),
+        ("redis_entries_read_total", "counter", "Entries read.", "redis_read"),
+        ("redis_entries_skipped_total", "counter", "Entries that no server of this version wrote.",
+         "redis_skipped"),
+        ("redis_entries_repeated_total", "counter", "Entries read once more.", "redis_repeated"),
+        ("redis_outbox_entries", "gauge", "Entries that have not come back.", "redis_outbox"),
+        ("redis_outbox_bytes", "gauge", "Bytes of these.", "redis_outbox_bytes"),
+        ("redis_oldest_unacknowledged_seconds", "gauge", "Age of the oldest of them.", "redis_age"),
+        ("redis_gaps_total", "counter", "Times that messages may have been missing.", "redis_gaps"),
+    )
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        try:
+            self.redis: Any = importlib.import_module("redis")
+        except ImportError:
+            raise PhiloteError(
+                "REDIS_URL needs one more package: pip install 'philote[redis]'") from None
+        try:
+            # No retries of the library's: what has to be sent again, only the outbox knows.
+            self.pool = self.redis.ConnectionPool.from_url(
+                settings.redis_url, protocol=2, decode_responses=False, retry=None,
+                socket_timeout=_UNAVAILABLE_TIME, socket_connect_timeout=_UNAVAILABLE_TIME)
+            self.address = _describe_address(self.pool.make_connection())
+        except (ValueError, TypeError) as error:
+            raise SettingsError(f"REDIS_URL: what is set is not allowed: {error}") from None
+        self.key = settings.redis_key
+        self.id = uuid.uuid4().hex[:16].encode()
+        self.began = round(time.time())
+        self.position = 0
+        self.outbox = Outbox()
+        self.ready = threading.Event()  # all that was in the log before is read
+        self.closing = threading.Event()
+        self.fatal: PhiloteError | None = None  # why it cannot begin
+        self.failure = ""  # why the log cannot be reached; guarded by outbox.changed, as is
+        self.failed_at = 0.0  # when that began
+        self.breaks = 0  # how often both connections had to be opened again; the writer's
+        self.written = 0  # entries; the writer's
+        self.beating = False  # whether a heartbeat is on its way; set by the writer, undone by
+        # the reader, whose is all that follows.
+        self.cursor: EntryID = 0, 0  # of the last entry that was read
+        # By server: its next number, and when it was heard of; what it said of itself, and when.
+        self.expected: dict[bytes, tuple[int, float]] = {self.id: (1, math.inf)}
+        self.servers: dict[bytes, tuple[dict[str, Any], float]] = {}
+        self.read_count = self.skipped = self.repeated = self.losses = 0
+        self.threads = [
+            threading.Thread(target=self._keep, args=(work,), name=f"philote-{name}", daemon=True)
+            for name, work in (("append", self._append_forever), ("read", self._read_forever))]
+
+    # Any thread
+
+    def begin(self, is_over: Callable[[], bool]) -> None:
+        """Read the log up to now; wait for Redis where it is not there.
+
+        Raises PhiloteError where it would be in vain, and _Stopped once `is_over`.
+        """
+        for thread in self.threads:
+            thread.start()
+        said = time.monotonic()
+        while not self.ready.wait(0.05):
+            if self.fatal or is_over():
+                self.close()
+                raise self.fatal or _Stopped
+            if time.monotonic() > said + 60:
+                said = time.monotonic()
+                log.warning("still waiting: %s", self.reason)
+        log.info("the log is in Redis at %s, stream %s; this server's id is %s",
+                 self.address, self.key, self.id.decode())
+
+    def publish(self, batch: Batch) -> None:
+        """Let messages be appended; who wants to know is told when they have come back."""
+        fields = [*_FORMAT, b"server", self.id, b"number", b"", b"channel",
+                  batch.channel.encode("utf-8", "surrogatepass"), b"issuer", batch.issuer.encode(),
+                  b"user", batch.user]
+        for payload in batch.payloads:
+            fields += b"message", payload
+        self.outbox.put(Outgoing(fields, batch.tells, batch.connection))
+
+    def wait_for_room(self, connection: Connection, seconds: float = math.inf) -> bool:
+        """Wait while too much has not come back; returns whether there is room."""
+        end = time.monotonic() + seconds
+        while self.outbox.size >= _OUTBOX_SIZE:
+            if (time.monotonic() >= end or connection.state is CLOSING
+                    or connection.server.stopping.is_set()):
+                return False
+            connection.pause(min(0.05, seconds))
+        return True
+
+    def wait_until(self, position: int) -> None:
+        """Wait a while until the log is read up to an id that another server gave out."""
+        end = time.monotonic() + _HEARTBEAT_TIME
+        while self.position < position and time.monotonic() < end and not self.closing.is_set():
+            time.sleep(0.01)
+
+    def drain(self, deadline: float) -> None:
+        """Take leave, and wait until all that was published has come back."""
+        self.outbox.put(self._make_heartbeat(gone=True))
+        while self.outbox.entries and time.monotonic() < deadline:
+            time.sleep(0.005)
+        if self.outbox.entries:
+            log.error("%d entries have not come back from Redis, and may be lost",
+                      len(self.outbox.entries))
+
+    def close(self) -> None:
+        """End the threads."""
+        self.closing.set()
+        self.outbox.close()
+        for thread in self.threads:
+            if thread.is_alive():
+                thread.join(2)
+
+    @property
+    def reason(self) -> str:
+        """Why the log cannot be reached: not the connections count, but whether entries return."""
+        age = self.outbox.age()
+        return self.failure or (
+            f"nothing has come back from Redis for {age:.0f} s" if age > _UNAVAILABLE_TIME else "")
+
+    def describe(self) -> dict[str, Any]:
+        """Say how the log is, and which servers share it."""
+        reason, shown = self.reason, ("id", "host", "version", "connections", "since")
+        return {"cluster": {"up": not reason, "reason": reason, "servers": [
+            {name: about[name] for name in shown} for about in self._living()]}}
+
+    def totals(self) -> dict[str, Any]:
+        """Count what there is, here and in Redis."""
+        return {
+            **super().totals(), "redis_up": int(not self.reason), "redis_written": self.written,
+            "redis_read": self.read_count, "redis_skipped": self.skipped,
+            "redis_repeated": self.repeated, "redis_outbox": len(self.outbox.entries),
+            "redis_outbox_bytes": self.outbox.size, "redis_age": round(self.outbox.age(), 3),
+            "redis_gaps": self.losses}
+
+    def tell_gap(self, position: int) -> None:
+        """Tell all subscribers that messages before an id may be missing."""
+        if self.ready.is_set():
+            log.error("Redis: messages may be missing, all subscribers are told")
+        told, ended = list[Connection](), list[Subscriber]()
+        with self.lock:
+            self.losses += self.ready.is_set()
+            self.position = max(self.position, position)
+            self.history.clear(self.position)
+            for connection in self.issuers.values():
+                subscriber = connection.handler
+                if isinstance(subscriber, Subscriber) and subscriber.live:
+                    if subscriber.encoder.with_ids:
+                        self.gaps += 1
+                        connection.put(subscriber.encode_gap(self.position))
+                        told.append(connection)
+                    else:  # nothing may come behind what it missed
+                        for name in subscriber.channels:
+                            self._leave(subscriber, name)
+                        ended.append(subscriber)
+        for connection in told:
+            connection.flush()
+        for subscriber in ended:
+            subscriber.end(CloseReason.SERVICE_RESTART, "messages may be missing")
+
+    # Both threads
+
+    def _keep(self, work: Callable[[Any], None]) -> None:
+        # Works with a connection of its own, and with a new one when that fails.
+        while not self.closing.is_set():
+            connection = self.pool.make_connection()
+            try:
+                connection.connect()
+                work(connection)
+            except (self.redis.RedisError, OSError, ValueError) as error:
+                self._fail(error)
+            except Exception:
+                log.exception("Redis: unexpected error")
+            finally:
+                with contextlib.suppress(self.redis.RedisError, OSError):
+                    connection.disconnect()
+            self.closing.wait(random.uniform(0.1, 0.4))
+
+    def _execute(self, connection: Any, *commands: Sequence[Any]) -> Any:
+        # Returns the last one's answer. Raises what any of them was answered.
+        connection.send_packed_command(connection.pack_commands(commands))
+        answer = None
+        for _ in commands:
+            answer = connection.read_response()
+        for item in answer if isinstance(answer, list) else ():
+            if isinstance(item, Exception):
+                raise item
+        return answer
+
+    def _fail(self, error: Exception) -> None:
+        reason = _on_one_line(str(error) or type(error).__name__)
+        refused = self.redis.AuthenticationError, self.redis.exceptions.NoPermissionError
+        if isinstance(error, refused) and not self.ready.is_set():
+            self.fatal = PhiloteError(f"Redis at {self.address} refuses us: {reason}")
+        with self.outbox.changed:
+            first, self.failure = not self.failure, f"Redis at {self.address}: {reason}"
+            if first:
+                self.failed_at = time.monotonic()
+        if first and not self.closing.is_set() and not self.fatal:
+            log.error("%s; it is tried again until it works", self.failure)
+
+    def _recover(self, entry: Outgoing) -> None:
+        # What was sent behind the failure has come back: the whole way works.
+        with self.outbox.changed:
+            if not self.failure or entry.sent <= self.failed_at:
+                return
+            self.failure, seconds = "", time.monotonic() - self.failed_at
+        log.info("Redis at %s is there again after %.1f seconds", self.address, seconds)
+
+    # The appending thread
+
+    def _append_forever(self, connection: Any) -> None:
+        self.outbox.restore()
+        beat = 0.0
+        while not self.closing.is_set():
+            now = time.monotonic()
+            if now >= beat + _HEARTBEAT_TIME:
+                beat = now
+                self._look_whether_entries_return(now)
+                if not self.beating:
+                    self.beating = True
+                    self.outbox.put(self._make_heartbeat())
+                self._execute(connection, ("XTRIM", self.key, "MINID", "~", self._find_floor()))
+            if entries := self.outbox.take(beat + _HEARTBEAT_TIME - now):
+                self._append(connection, entries)
+
+    def _append(self, connection: Any, entries: Sequence[Outgoing]) -> None:
+        # In a transaction: were one refused and the next taken, its number would be skipped.
+        before = self.cursor
+        for entry in entries:
+            entry.fields[5] = b"%d" % entry.number
+        ids = self._execute(connection, ("MULTI",), *(
+            ("XADD", self.key, "*", *entry.fields) for entry in entries), ("EXEC",))
+        self.written += len(entries)
+        if _parse_entry_id(ids[0]) <= before:
+            self._lift(connection, before)
+
+    def _lift(self, connection: Any, before: EntryID) -> None:
+        # This log is behind what was read: it is another one, or its clock was set back. Its ids
+        # have to be higher, and whoever reads this knows that something may be missing.
+        with contextlib.suppress(self.redis.ResponseError):  # another server was faster
+            self._execute(connection, (
+                "XADD", self.key, f"{before[0]}-{before[1] + 1}",
+                *_FORMAT, "server", self.id, "number", 0, "lift", ""))
+        self.outbox.restore()
+
+    def _look_whether_entries_return(self, now: float) -> None:
+        with self.outbox.changed:
+            oldest = self.outbox.entries[0].sent if self.outbox.entries else 0
+        if oldest and now > oldest + 2 * _UNAVAILABLE_TIME:
+            self.breaks += 1
+            raise NothingCameBack("what was written does not come back")
+
+    def _make_heartbeat(self, gone: bool = False) -> Outgoing:
+        with self.lock:
+            self.history.trim(_now())
+            kept = max(self.history.floor, _now() - self.history.time)
+            connections = len(self.issuers)
+        floor = min((kept >> _COUNTER_BITS, (kept & _COUNTER) >> _INDEX_BITS), self.cursor)
+        about = {
+            "id": self.id.decode(), "host": platform.node(), "version": __version__,
+            "connections": connections, "since": self.began, "floor": floor, "gone": gone}
+        return Outgoing([*_FORMAT, b"server", self.id, b"number", b"", b"heartbeat",
+                         json.dumps(about).encode()])
+
+    def _find_floor(self) -> str:
+        # The stream is cut by who keeps most of it.
+        return "{}-{}".format(*min([about["floor"] for about in self._living()], default=(0, 0)))
+
+    def _living(self) -> list[dict[str, Any]]:
+        now = time.monotonic()
+        return [about for about, heard in self.servers.copy().values() if now < heard + _GONE_TIME]
+
+    # The reading thread
+
+    def _read_forever(self, connection: Any) -> None:
+        self._look_at_server(connection)
+        if self.cursor != (0, 0):
+            oldest = self._execute(connection, ("XRANGE", self.key, "-", "+", "COUNT", 1))
+            if not oldest or _parse_entry_id(oldest[0][0]) > self.cursor:
+                self.tell_gap(self.position + 1)  # it was emptied, or cut past us
+        breaks, count = self.breaks, 10
+        while not self.closing.is_set():
+            if breaks != self.breaks:
+                raise NothingCameBack("what was written does not come back")
+            answer = self._execute(connection, (
+                "XREAD", "COUNT", count, "BLOCK", 1000, "STREAMS", self.key,
+                "{}-{}".format(*self.cursor)))
+            if answer:
+                size = self._receive(answer[0][1])
+                # More at a time while there is more, but not of large ones.
+                full = len(answer[0][1]) == count and size < _MOST_BYTES >> 1
+                count = min(2 * count, _MOST_ENTRIES) if full else max(10, count >> 1)
+
+    def _look_at_server(self, connection: Any) -> None:
+        try:
+            about = self._execute(connection, ("INFO",)).decode(errors="replace")
+        except self.redis.ResponseError:
+            return  # a service that does not tell
+        version = re.search(r"^redis_version:(\d+)\.(\d+)", about, re.MULTILINE)
+        if version and (int(version[1]), int(version[2])) < (6, 2):
+            self.fatal = PhiloteError(
+                f"Redis at {self.address} is {version[0][14:]}; 6.2 or later is needed")
+        policy = re.search(r"^maxmemory_policy:(allkeys\S*)", about, re.MULTILINE)
+        if policy and not self.ready.is_set():
+            log.warning("Redis at %s may throw the log away (maxmemory-policy %s); set: "
+                        "maxmemory-policy noeviction", self.address, policy[1])
+
+    def _receive(self, entries: Sequence[tuple[bytes, list[bytes]]]) -> int:
+        # Returns how many bytes they had.
+        touched: dict[Connection, Any] = {}
+        size = 0
+        for text, fields in entries:
+            cursor = _parse_entry_id(text)
+            first = cursor[0] << _COUNTER_BITS | cursor[1] << _INDEX_BITS
+            if self.cursor == (0, 0):
+                self.history.floor = self.position = first - 1
+            size += sum(map(len, fields))
+            try:
+                self._receive_entry(first, fields, touched)
+            except (ValueError, IndexError):
+                self.skipped += 1
+                if self.skipped == 1:
+                    log.warning("Redis: the stream %s has entries that no Philote of this version "
+                                "wrote, such as %s; they are skipped", self.key, text.decode())
+            self.cursor = cursor
+        self.read_count += len(entries)
+        for connection in touched:
+            connection.flush()
+        return size
+
+    def _receive_entry(self, first: int, fields: list[bytes],
+                       touched: dict[Connection, Any]) -> None:
+        server, number, kind, value = fields[3], int(fields[5]), fields[6], fields[7]
+        if fields[:2] != _FORMAT or kind not in (b"channel", b"heartbeat", b"lift"):
+            raise ValueError
+        if kind == b"lift":
+            self.tell_gap(first - 1)
+            return
+        if not self._is_next(server, number, first):
+            self.repeated += 1
+            return
+        receivers = 0
+        if kind == b"channel":
+            _, receivers = self.append(
+                value.decode("utf-8", "surrogatepass"), fields[13::2], fields[9].decode(),
+                fields[11], touched, first)
+        else:
+            self._receive_heartbeat(server, json.loads(value))
+            with self.lock:
+                self.position = first
+        if server == self.id and (entry := self.outbox.take_back(number)):
+            for index, tell in entry.tells:
+                tell(first + index, receivers)
+            if entry.tells and entry.connection:
+                touched[entry.connection] = None
+            self._recover(entry)
+            self.ready.set()
+
+    def _is_next(self, server: bytes, number: int, first: int) -> bool:
+        # A server that is met later than at the start begins with 1.
+        new = 1 if self.ready.is_set() else number
+        expected, _ = self.expected.get(server, (new, 0))
+        if number < expected:
+            return False
+        if number > expected:
+            self.tell_gap(first - 1)
+        self.expected[server] = number + 1, time.monotonic()
+        return True
+
+    def _receive_heartbeat(self, server: bytes, about: dict[str, Any]) -> None:
+        now = time.monotonic()
+        self.servers[server] = about, -math.inf if about["gone"] else now
+        if server == self.id:
+            self.beating = False
+            if about["gone"]:
+                self.closing.set()
+        if len(self.expected) > _MOST_SERVERS:
+            for name in [name for name, (_, at) in self.expected.items() if at < now - 86400]:
+                del self.expected[name]
+                self.servers.pop(name, None)
+
+
+def _describe_address(connection: Any) -> str:
+    return getattr(connection, "path", "") or f"{connection.host}:{connection.port}"
+
+
+def make_log(settings: Settings) -> Log:
+    """Make the log that the settings ask for. Raises SettingsError and PhiloteError."""
+    return RedisLog(settings) if settings.redis_url else Log(settings)
 
 
 # -------------------------------------------------------------------------------------- subscribers
@@ -2062,6 +2629,7 @@ class WebSocket(Subscriber):
                 self.delay = 0
                 item = self._take_apart(next(self.frames))
                 self.flush()
+            self.server.log.wait_for_room(self.connection)
         return b""
 
     def _take_apart(self, item: str | Frame | bytes | None) -> str | Frame | bytes | None:
@@ -2111,7 +2679,8 @@ class WebSocket(Subscriber):
             channel, data = check_message(value)
             if channel not in self.batch.heads and not self.key.may_write(channel):
                 raise Refused(f"the token may not write the channel {_shown(channel)}", "forbidden")
-            self.batch.add(channel, data, ref)
+            self.batch.add(channel, data,
+                           None if ref is None else functools.partial(self._tell_published, ref))
         except Refused as error:
             setattr(connection, error.code, getattr(connection, error.code) + 1)
             connection.log(logging.INFO if error.code == "forbidden" else logging.WARNING,
@@ -2120,6 +2689,9 @@ class WebSocket(Subscriber):
             connection.put(encode_answer({"error": error.code, "reason": str(error)}, ref))
             self.delay = max(connection.charge(1 + len(text) / _BAD_BYTES),
                              connection.rate.take(_REFUSED_COST))
+
+    def _tell_published(self, ref: str, position: int, _: int) -> None:
+        self.connection.put(encode_answer({"published": {"ref": ref, "id": encode_id(position)}}))
 
     def _change_subscriptions(self, value: dict[str, Any], ref: str | None) -> None:
         # A subscription may take long: it is served by read_messages(), which calls _subscribe().
@@ -2570,7 +3142,7 @@ class HTTPHandler:
     def publish(self, request: Request,
                 messages: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
         """Publish messages, as slowly as MAX_MESSAGE_RATE demands; returns an answer for each."""
-        connection, answers = self.connection, []
+        connection = self.connection
         connection.received += len(messages)
         for channel, _ in messages:
             if not request.key.may_write(channel):
@@ -2586,15 +3158,25 @@ class HTTPHandler:
             connection.pause(delay)
             if request.key.expired:
                 raise HTTPError(401, "the token has expired")
-        issuer = str(uuid.uuid4())
+        if not self.server.log.wait_for_room(connection, _UNAVAILABLE_TIME):
+            raise HTTPError(503, f"nothing was published: {self.server.log.reason}", "unavailable",
+                            _RETRY)
+        issuer, answers, done = str(uuid.uuid4()), dict[int, dict[str, Any]](), threading.Event()
+
+        def tell(index: int, position: int, receivers: int) -> None:
+            answers[index] = {
+                "issuer": issuer, "id": encode_id(position), "receivers": receivers}
+            if len(answers) == len(messages):
+                done.set()
+
         batch = Batch(self.server, issuer, request.key.user, connection)
-        for channel, data in messages:
-            batch.add(channel, data)
-            batch.deliver()
-            answers.append({"issuer": issuer, "id": encode_id(batch.last_id),
-                            "receivers": batch.receivers})
+        for index, (channel, data) in enumerate(messages):
+            batch.add(channel, data, functools.partial(tell, index))
         batch.flush()
-        return answers
+        if messages and not done.wait(_UNAVAILABLE_TIME):
+            raise HTTPError(503, "the messages have not come back from the log; they may still be "
+                            "published", "unavailable", _RETRY)
+        return [answers[index] for index in range(len(messages))]
 
     def _answer(self, request: Request) -> Response:
         if request.wants_upgrade:
@@ -2803,8 +3385,11 @@ def publish(handler: HTTPHandler, request: Request) -> Response:
 
 def tell_health(handler: HTTPHandler, request: Request) -> Response:
     """GET /health: whether a proxy may send clients here."""
-    stopping = handler.server.stopping.is_set()
-    return respond_json({"status": "stopping" if stopping else "ok"}, 503 if stopping else 200)
+    if handler.server.stopping.is_set():
+        return respond_json({"status": "stopping"}, 503)
+    if reason := handler.server.log.reason:
+        return respond_json({"status": "unavailable", "reason": reason}, 503)
+    return respond_json({"status": "ok"})
 
 
 def tell_info(handler: HTTPHandler, request: Request) -> Response:
@@ -2812,7 +3397,7 @@ def tell_info(handler: HTTPHandler, request: Request) -> Response:
     server = handler.server
     totals = server.metrics.totals()
     settings = dataclasses.asdict(server.settings)
-    del settings["secret"], settings["port"]
+    del settings["secret"], settings["port"], settings["redis_url"]
     return respond_json({
         "version": __version__, "python": platform.python_version(),
         "implementation": platform.python_implementation(), "gil": _INTERPRETER_LOCK,
@@ -2824,6 +3409,7 @@ def tell_info(handler: HTTPHandler, request: Request) -> Response:
         "history_oldest": encode_id(totals["history_oldest"]) if totals["history_oldest"] else None,
         "resumes": totals["resumed"],
         "resumes_failed": totals["not_resumed"], "gaps": totals["gaps"], **settings,
+        **server.log.describe(),
     })
 
 
@@ -3002,8 +3588,7 @@ class Admission:
         return True
 
 
-_COUNTED = ("received", "published", "delivered", "bytes_received", "bad_message", "forbidden",
-            "too_many")
+_COUNTED = "received", "published", "bytes_received", "bad_message", "forbidden", "too_many"
 
 
 def _add_counters(connection: Connection, totals: collections.Counter[str]) -> None:
@@ -3067,7 +3652,7 @@ class Metrics:
         totals, lines = self.totals(), []
         with self.lock:
             refusals = self.refusals.copy()
-        for name, kind, about, *samples in self.ROWS:
+        for name, kind, about, *samples in (*self.ROWS, *self.log.ROWS):
             lines += [f"# HELP philote_{name} {about}", f"# TYPE philote_{name} {kind}"]
             if name == "errors_total":
                 lines += [f'philote_{name}{{code="{code}"}} {totals[code]}' for code in samples]
@@ -3138,7 +3723,7 @@ class LogLimit:
 
 
 class _Stopped(Exception):
-    """Ends Server.serve_forever()."""
+    """Ends Server.serve_forever(), or the wait for the log."""
 
 
 class Server(socketserver.ThreadingTCPServer):
@@ -3151,7 +3736,8 @@ class Server(socketserver.ThreadingTCPServer):
     allow_reuse_address = True
     request_queue_size = 1024  # connections that the system holds until they are accepted
 
-    def __init__(self, settings: Settings = Settings()) -> None:
+    def __init__(self, settings: Settings = Settings(),
+                 is_over: Callable[[], bool] = lambda: False) -> None:
         self.settings = settings
         self.started = time.monotonic()
         self.numbers = itertools.count(1)  # of the connections; the accepting thread's
@@ -3159,7 +3745,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.stopped = threading.Event()
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None
-        self.log = Log(settings)
+        self.log = make_log(settings)
         self.admission = Admission(settings, self.stopping)
         self.metrics = Metrics(self.admission, self.log)
         self.log_limit = LogLimit()  # of lines about what peers do
@@ -3169,7 +3755,12 @@ class Server(socketserver.ThreadingTCPServer):
         self.busy_threads: BusyThreads | None = None
         self.turn = threading.Lock()  # see take_turn()
         self.address_family, address = _resolve(settings.host, settings.port)
-        super().__init__(address, HTTPHandler)  # type: ignore[arg-type]
+        self.log.begin(is_over)
+        try:
+            super().__init__(address, HTTPHandler)  # type: ignore[arg-type]
+        except BaseException:
+            self.log.close()
+            raise
         self.poller = Poller(self.fail)
         # A descriptor to refuse with when there is none. The accepting thread's, then stop()'s.
         self.reserve: int | None = os.open(os.devnull, os.O_RDONLY)
@@ -3332,6 +3923,7 @@ class Server(socketserver.ThreadingTCPServer):
             self._stop_listening()
             self._end_connections(time.monotonic() + timeout, min(1, timeout / 5))
         finally:
+            self.log.close()
             self.poller.stop()
             if self.reserve is not None:
                 os.close(self.reserve)
@@ -3349,6 +3941,7 @@ class Server(socketserver.ThreadingTCPServer):
         patience = deadline - time_to_cut
         working = ANSWERING, SUBSCRIBED
         self._wait_until_none(lambda c: c.busy and c.state in working, patience)
+        self.log.drain(patience - time_to_cut)
         for connection in self.admission.connections():
             handler = connection.handler
             if connection.state is SUBSCRIBED and isinstance(handler, Subscriber):
@@ -4257,7 +4850,11 @@ def _serve(_: argparse.Namespace) -> int:
     threading.stack_size(2 << 20)
     _raise_descriptor_limit(settings)
     try:
-        server = Server(settings)
+        server = Server(settings, is_over=lambda: bool(signal.sigpending() & (
+            signals - {signal.SIGHUP})))
+    except _Stopped:
+        handler.finish(1)
+        return 0
     except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
         if isinstance(error, (socket.gaierror, UnicodeError)):
             raise SettingsError(_not_allowed("HOST", settings.host, _HOST[1])) from None

