@@ -6,6 +6,13 @@
     python bench_philote.py --quick              # about half a minute, one round
     python bench_philote.py --loads fanout-8,latency --rounds 9 --json out.json --plot out.svg
     python bench_philote.py --peer 'original=./philote-go'
+    python bench_philote.py --redis              # servers that share a Redis, which it starts
+
+With --redis (pip install redis[hiredis] python-socketio aiohttp, and redis-server on PATH) the rows
+are Philote in memory, one and two Philotes on one Redis, and one and two python-socketio with its
+Redis manager, which is what one installs for the same job: rooms, many servers, browsers. That one
+forwards by PUBLISH and keeps nothing, so a lost connection to Redis loses messages there.
+Subscribers of two servers are spread over both; publishers are at the first.
 
 The servers take turns (A B C A B C ...), each started afresh for every load and round, Philote
 with its default settings. The peers stand in this file, each as its library's documentation would
@@ -16,8 +23,9 @@ How one figure comes about, process by process:
 
     this one      starts a server, then a load process beside it; ends both; median and range
     the server    philote.py, or `bench_philote.py serve-peer NAME`, or the command of a --peer
-    the load      `bench_philote.py run-load NAME PORT PID SECONDS`: connects, publishes, receives
-                  and checks every byte, reads the server's CPU time, prints one line of JSON
+    the load      `bench_philote.py run-load NAME PORTS PIDS WIRE SECONDS`: connects, publishes,
+                  receives and checks every byte, reads the server's CPU time, prints one line of
+                  JSON
 
 A publisher keeps its window full: it has so many messages in flight, and sends the next one when
 every subscriber has received the oldest. A message lost, doubled or out of order fails the row.
@@ -52,6 +60,7 @@ import platform
 import random
 import select
 import shlex
+import shutil
 import signal
 import socket
 import statistics
@@ -125,6 +134,15 @@ DRAIN = 15.0           # seconds in which the last messages must have arrived
 BUSY = 0.9             # from this share of a core on the load process counts as the limit
 
 
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """What a load is made on: servers that are one, and what they speak."""
+
+    ports: list[int]
+    pids: list[int]
+    wire: str = "philote"      # or "socketio"
+
+
 class LoadFailed(Exception):
     """The load could not be made, or a server broke its promise: the row fails, in these words."""
 
@@ -148,9 +166,12 @@ def encode_token(secret: str, read: list[str], write: list[str]) -> str:
     return (signed + b"." + base64url(signature)).decode()
 
 
-def encode_upgrade(port: int, token: str, query: str = "") -> bytes:
+def encode_upgrade(target: Target, token: str, query: str = "") -> bytes:
     """Build the opening handshake that presents the token; no extension is offered."""
-    return (f"GET /?auth={token}{query} HTTP/1.1\r\nHost: localhost:{port}\r\n"
+    path = "/" if target.wire == "philote" else "/socket.io/"
+    if target.wire == "socketio":
+        query += "&EIO=4&transport=websocket"
+    return (f"GET {path}?auth={token}{query} HTTP/1.1\r\nHost: localhost\r\n"
             "Upgrade: websocket\r\n"
             f"Connection: Upgrade\r\nSec-WebSocket-Key: {_KEY}\r\nSec-WebSocket-Version: 13\r\n"
             "\r\n").encode()
@@ -184,10 +205,12 @@ def text_of(publisher: int, number: int, size: int) -> bytes:
     return (b"@@%c%07d" % (65 + publisher, number)).ljust(size, b"x")
 
 
-def encode_messages(load: Load, publisher: int, count: int) -> bytes:
+def encode_messages(load: Load, publisher: int, count: int, wire: str = "philote") -> bytes:
     """Encode all messages of one publisher: frames of one size, one behind the other."""
     masks = random.Random(publisher).randbytes(4 * count)
     before, after = b'{"channel":"%s","data":"' % CHANNEL.encode(), b'"}'
+    if wire == "socketio":
+        before, after = b'42["publish",' + before, after + b"]"
     return b"".join(
         encode_text(before + text_of(publisher, number, load.size) + after,
                     masks[4 * number:4 * number + 4])
@@ -239,15 +262,27 @@ def finish_handshake(sock: socket.socket) -> socket.socket:
     return sock
 
 
-def connect_all(port: int, requests: Iterable[bytes]) -> list[socket.socket]:
+def greet_socketio(sock: socket.socket) -> None:
+    """Connect to the default namespace, as the protocols of Engine.IO and Socket.IO begin."""
+    sock.settimeout(STUCK)
+    sock.sendall(encode_text(b"40", b"mask"))
+    data = b""
+    while b"40{" not in data or not data.endswith(b"}"):
+        data += (more := sock.recv(4096))
+        if not more:
+            raise LoadFailed("the server closed a connection during the greeting")
+    sock.setblocking(False)
+
+
+def connect_all(target: Target, requests: Iterable[bytes]) -> list[socket.socket]:
     """Open one connection for each request, AT_ONCE of them under way at a time."""
     poller, wait = open_poller()
-    requests = iter(requests)
+    requests, ports = iter(requests), itertools.cycle(target.ports)
     under_way: dict[int, socket.socket] = {}
     done: list[socket.socket] = []
     while True:
         for request in itertools.islice(requests, AT_ONCE - len(under_way)):
-            sock = start_handshake(port, request)
+            sock = start_handshake(next(ports), request)
             under_way[sock.fileno()] = sock
             poller.register(sock.fileno(), READ)
         if not under_way:
@@ -258,6 +293,8 @@ def connect_all(port: int, requests: Iterable[bytes]) -> list[socket.socket]:
         for fd, _ in ready:
             poller.unregister(fd)
             done.append(finish_handshake(under_way.pop(fd)))
+            if target.wire == "socketio":
+                greet_socketio(done[-1])
 
 
 def close_all(sockets: Iterable[socket.socket]) -> None:
@@ -333,7 +370,8 @@ class Stream:
             raise LoadFailed(f"the server closed a subscriber's connection with code {code}")
         else:
             try:
-                self._learn(frame, json.loads(frame[start - at:]))
+                value = json.loads(frame[start - at:].removeprefix(b"42"))
+                self._learn(frame, value[1] if isinstance(value, list) else value)
             except (ValueError, LookupError, TypeError, AttributeError):
                 raise LoadFailed(f"a frame that is no message: {frame[:80]!r}") from None
         return True
@@ -520,22 +558,27 @@ class Exchange:
 _TICKS = os.sysconf("SC_CLK_TCK") if hasattr(os, "sysconf") else 100
 
 
-def cpu_seconds(pid: int) -> float | None:
-    """Return the CPU time a process has used, to 10 ms; None where there is no /proc (proc(5))."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return None
-    return (int(fields[11]) + int(fields[12])) / _TICKS
+def cpu_seconds(pids: list[int]) -> float | None:
+    """Return the CPU time processes have used, to 10 ms; None where there is no /proc (proc(5))."""
+    ticks = 0
+    for pid in pids:
+        try:
+            fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        except OSError:
+            return None
+        ticks += int(fields[11]) + int(fields[12])
+    return ticks / _TICKS
 
 
-def resident_kib(pid: int) -> int | None:
-    """Return the resident memory of a process in KiB; None where there is no /proc."""
+def resident_kib(pids: list[int]) -> int | None:
+    """Return the resident memory of processes in KiB; None where there is no /proc."""
     try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+        return sum(
+            int(line.split()[1]) for pid in pids
+            for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+            if line.startswith("VmRSS:"))
     except OSError:
         return None
-    return next((int(line.split()[1]) for line in lines if line.startswith("VmRSS:")), None)
 
 
 def difference(before: float | None, after: float | None) -> float | None:
@@ -546,9 +589,9 @@ def difference(before: float | None, after: float | None) -> float | None:
 class Meter:
     """What a stretch of time cost: the server's CPU, this process's, and the clock."""
 
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.cpu = cpu_seconds(pid)
+    def __init__(self, pids: list[int]) -> None:
+        self.pids = pids
+        self.cpu = cpu_seconds(pids)
         self.own = time.process_time()
         self.start = time.perf_counter()
 
@@ -556,38 +599,40 @@ class Meter:
         """Return the figures of so many events since the meter was made."""
         seconds = time.perf_counter() - self.start
         own = time.process_time() - self.own
-        spent = difference(self.cpu, cpu_seconds(self.pid))
+        spent = difference(self.cpu, cpu_seconds(self.pids))
         return {"rate": events / seconds, "busy": own / seconds, "events": events,
                 "seconds": seconds, "server_busy": None if spent is None else spent / seconds,
                 "cpu_us": None if spent is None else spent * 1e6 / max(events, 1)}
 
 
-def upgrades(port: int, secret: str, count: int, may: str = "read",
+def upgrades(target: Target, secret: str, count: int, may: str = "read",
              query: str = "") -> list[bytes]:
     """Build the handshakes of that many clients that may read, or write, the channel."""
     read, write = ([CHANNEL], []) if may == "read" else ([], [CHANNEL])
-    return [encode_upgrade(port, encode_token(secret, read, write), query) for _ in range(count)]
+    return [encode_upgrade(target, encode_token(secret, read, write), query) for _ in range(count)]
 
 
-def load_messages(load: Load, port: int, pid: int, secret: str, seconds: float) -> dict[str, Any]:
+def load_messages(load: Load, target: Target, secret: str, seconds: float) -> dict[str, Any]:
     """Publish and receive; `most` is cut for short runs, as encoding takes its time as well."""
     load = dataclasses.replace(load, most=max(load.least, int(load.most * min(seconds, 1))))
-    frames = [encode_messages(load, number, load.most) for number in range(load.publishers)]
+    frames = [encode_messages(load, number, load.most, target.wire)
+              for number in range(load.publishers)]
+    port = target.ports[0]
     stalled = [finish_handshake(start_handshake(port, request, receive_buffer=4096))
-               for request in upgrades(port, secret, load.stalled)]
-    subscribers = connect_all(port, upgrades(port, secret, load.subscribers))
-    publishers = connect_all(port, upgrades(port, secret, load.publishers, "write"))
+               for request in upgrades(target, secret, load.stalled)]
+    subscribers = connect_all(target, upgrades(target, secret, load.subscribers))
+    publishers = connect_all(target, upgrades(target, secret, load.publishers, "write"))
     time.sleep(0.1)  # a server may answer a handshake a moment before it takes the subscriber in
     exchange = Exchange(load, [Publisher(sock, text, load.most)
                                for sock, text in zip(publishers, frames)], subscribers)
     gc.disable()
     exchange.run(seconds / 8, 0, load.most // 8)  # to warm up
     exchange.latencies.clear()
-    meter, memory = Meter(pid), resident_kib(pid)
+    meter, memory = Meter(target.pids), resident_kib(target.pids)
     messages = exchange.run(seconds, load.least, load.most)
     result: dict[str, Any] = meter.read(messages * load.subscribers)
     result.update(latencies_ms(exchange.latencies))
-    result["grown_kib"] = difference(memory, resident_kib(pid))
+    result["grown_kib"] = difference(memory, resident_kib(target.pids))
     exchange.check_silence()
     if stalled:
         result["note"] = "stalled one " + ("dropped" if was_dropped(stalled[0]) else "kept")
@@ -616,30 +661,30 @@ def was_dropped(sock: socket.socket) -> bool:
     return False
 
 
-def load_connections(load: Load, port: int, pid: int, secret: str,
+def load_connections(load: Load, target: Target, secret: str,
                      seconds: float) -> dict[str, Any]:
     """Open connections, and keep them, for some seconds."""
-    requests = upgrades(port, secret, fitting(load.most))
-    first = connect_all(port, requests[:AT_ONCE])  # to warm up
-    meter = Meter(pid)
+    requests = upgrades(target, secret, fitting(load.most))
+    first = connect_all(target, requests[:AT_ONCE])  # to warm up
+    meter = Meter(target.pids)
     end = meter.start + seconds
     in_time = itertools.takewhile(lambda _: time.perf_counter() < end, requests[AT_ONCE:])
-    connections = connect_all(port, in_time)
+    connections = connect_all(target, in_time)
     result = meter.read(len(connections))
     close_all(first + connections)
     return result
 
 
-def load_memory(load: Load, port: int, pid: int, secret: str, seconds: float) -> dict[str, Any]:
+def load_memory(load: Load, target: Target, secret: str, seconds: float) -> dict[str, Any]:
     """Open connections that then do nothing, and see how much memory the server has taken."""
     count = fitting(load.most)
-    first = connect_all(port, upgrades(port, secret, 1))  # what a first client makes it import
-    before = settled_kib(pid)
-    requests = upgrades(port, secret, count)
-    meter = Meter(pid)
-    connections = connect_all(port, requests)
+    first = connect_all(target, upgrades(target, secret, 1))  # what a first client makes it import
+    before = settled_kib(target.pids)
+    requests = upgrades(target, secret, count)
+    meter = Meter(target.pids)
+    connections = connect_all(target, requests)
     result: dict[str, Any] = meter.read(count)
-    grown = difference(before, settled_kib(pid))
+    grown = difference(before, settled_kib(target.pids))
     result["kib"] = None if grown is None else grown / count
     if count < load.most:
         result["note"] = f"only {count:,} connections: the limit of open files allows no more"
@@ -697,15 +742,15 @@ def read_what_was_missed(sockets: list[socket.socket], missed: bytes) -> None:
                 del under_way[number]
 
 
-def load_return(load: Load, port: int, pid: int, secret: str, seconds: float) -> dict[str, Any]:
+def load_return(load: Load, target: Target, secret: str, seconds: float) -> dict[str, Any]:
     """Let subscribers come back at once and read what they missed, beside one that stayed.
 
     What comes back must be, byte for byte, what the one that stayed was sent.
     """
-    stayed, = connect_all(port, upgrades(port, secret, 1, query="&since=now"))
+    stayed, = connect_all(target, upgrades(target, secret, 1, query="&since=now"))
     begin = read_frames(stayed, 1)
     position = json.loads(begin[2 if begin[1] < 126 else 4:])["connected"]["id"]
-    publisher, = connect_all(port, upgrades(port, secret, 1, "write"))
+    publisher, = connect_all(target, upgrades(target, secret, 1, "write"))
     messages = encode_messages(load, 0, load.most + 10_000)
     size = len(messages) // (load.most + 10_000)
     publisher.settimeout(None)
@@ -713,8 +758,8 @@ def load_return(load: Load, port: int, pid: int, secret: str, seconds: float) ->
     sender.start()
     missed = read_frames(stayed, load.most)
     sender.join()
-    requests = upgrades(port, secret, load.subscribers, query=f"&since={position}")
-    meter, latencies = Meter(pid), []
+    requests = upgrades(target, secret, load.subscribers, query=f"&since={position}")
+    meter, latencies = Meter(target.pids), []
     over = threading.Event()
 
     def stay() -> None:
@@ -729,7 +774,7 @@ def load_return(load: Load, port: int, pid: int, secret: str, seconds: float) ->
     staying = threading.Thread(target=stay)
     staying.start()
     try:
-        returned = connect_all(port, requests)
+        returned = connect_all(target, requests)
         read_what_was_missed(returned, missed)
         result: dict[str, Any] = meter.read(load.most * load.subscribers)
     finally:
@@ -741,12 +786,12 @@ def load_return(load: Load, port: int, pid: int, secret: str, seconds: float) ->
     return result
 
 
-def settled_kib(pid: int) -> int | None:
+def settled_kib(pids: list[int]) -> int | None:
     """Return the resident memory as soon as it stays within 1 % for a while, or after 3 s."""
     last = None
     for _ in range(15):
         time.sleep(0.2)
-        now = resident_kib(pid)
+        now = resident_kib(pids)
         if now is None or last is not None and abs(now - last) <= last / 100:
             return now
         last = now
@@ -759,13 +804,14 @@ def fitting(connections: int) -> int:
     return min(connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100)
 
 
-def run_load(name: str, port: str, pid: str, seconds: str) -> int:
+def run_load(name: str, ports: str, pids: str, wire: str, seconds: str) -> int:
     """Make one load and print its result, or why it failed, as one line of JSON."""
     load = LOADS[name]
     work = {"messages": load_messages, "connections": load_connections, "memory": load_memory,
             "return": load_return}
     try:
-        result = work[load.kind](load, int(port), int(pid), os.environ["SECRET"], float(seconds))
+        target = Target([*map(int, ports.split(","))], [*map(int, pids.split(","))], wire)
+        result = work[load.kind](load, target, os.environ["SECRET"], float(seconds))
     except LoadFailed as error:
         result = {"failed": str(error)}
     except OSError as error:
@@ -881,14 +927,57 @@ async def serve_aiohttp(port: int, secret: str) -> None:
     await asyncio.Event().wait()
 
 
+async def serve_socketio(port: int, secret: str) -> None:
+    """Serve with python-socketio: a room for each channel, and its manager that shares a Redis."""
+    import asyncio
+
+    import jwt
+    import socketio
+    from aiohttp import web
+
+    server = socketio.AsyncServer(
+        async_mode="aiohttp", client_manager=socketio.AsyncRedisManager(os.environ["REDIS_URL"]),
+        async_handlers=False, ping_interval=3600, http_compression=False,  # in order
+        max_http_buffer_size=1 << 20)
+    writable: dict[str, list[str]] = {}
+
+    async def connect(sid: str, environ: dict[str, Any], auth: Any = None) -> None:
+        from urllib.parse import parse_qs
+        try:
+            readable, writable[sid] = decode_access_key(
+                parse_qs(environ["QUERY_STRING"])["auth"][0], secret)
+        except (jwt.PyJWTError, KeyError):
+            raise socketio.exceptions.ConnectionRefusedError("a valid token is needed") from None
+        for channel in readable:
+            await server.enter_room(sid, channel)
+
+    async def publish(sid: str, message: dict[str, str]) -> None:
+        if message["channel"] in writable[sid]:
+            await server.emit("message", {"issuer": sid, **message}, room=message["channel"],
+                              skip_sid=sid)
+
+    async def disconnect(sid: str, reason: Any = None) -> None:
+        writable.pop(sid, None)
+
+    for handler in connect, publish, disconnect:
+        server.on(handler.__name__, handler)
+    app = web.Application()
+    server.attach(app)
+    runner = web.AppRunner(app, access_log=None)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", port).start()
+    await asyncio.Event().wait()
+
+
 PEERS: dict[str, Callable[[int, str], Any]] = {
     "websockets": serve_websockets, "aiohttp": serve_aiohttp}
+REDIS_PEERS: dict[str, Callable[[int, str], Any]] = {"socketio": serve_socketio}
 
 
 def serve_peer(name: str) -> int:
     """Serve until the process is ended."""
     import asyncio
-    asyncio.run(PEERS[name](int(os.environ["PORT"]), os.environ["SECRET"]))
+    asyncio.run({**PEERS, **REDIS_PEERS}[name](int(os.environ["PORT"]), os.environ["SECRET"]))
     return 0
 
 
@@ -907,6 +996,9 @@ class Server:
     command: list[str]
     whole_environ: bool = False     # a --peer may need what stands in ours
     is_philote: bool = False
+    processes: int = 1
+    wire: str = "philote"
+    settings: dict[str, str] = dataclasses.field(default_factory=dict)
     down: str = ""                  # why it was left out, once it did not start
 
     def environ(self, port: int, secret: str) -> dict[str, str]:
@@ -914,7 +1006,7 @@ class Server:
         kept = {name: value for name, value in os.environ.items() if self.whole_environ
                 or name.startswith("PYTHON") or name in ("PATH", "HOME", "LANG", "TMPDIR")}
         return {**kept, "PORT": str(port), "SECRET": secret, "LOGLEVEL": "error",
-                "MAX_CONNECTIONS": "20000"}
+                "MAX_CONNECTIONS": "20000", **self.settings}
 
     def is_serving(self, port: int) -> bool:
         """Ask Philote for its health; of a peer it is enough that it accepts a connection."""
@@ -938,19 +1030,35 @@ def free_port() -> int:
 
 
 @contextlib.contextmanager
-def running(server: Server, secret: str) -> Iterator[tuple[int, int]]:
-    """Run a server; yields its port and process id. Raises NoServer where it does not start."""
-    port = free_port()
-    with tempfile.TemporaryFile() as errors:
-        try:
-            process = subprocess.Popen(server.command, stdin=subprocess.DEVNULL,
-                                       stdout=subprocess.DEVNULL, stderr=errors,
-                                       env=server.environ(port, secret), start_new_session=True)
-        except OSError as error:
-            raise NoServer(f"{server.command[0]}: {error.strerror}") from None
-        try:
+def running(server: Server, secret: str) -> Iterator[Target]:
+    """Run a server, or several that are one. Raises NoServer where it does not start."""
+    target = Target([free_port() for _ in range(server.processes)], [], server.wire)
+    with contextlib.ExitStack() as stack:
+        for port in target.ports:
+            errors = stack.enter_context(tempfile.TemporaryFile())
+            try:
+                process = subprocess.Popen(
+                    server.command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+                    stderr=errors, env=server.environ(port, secret), start_new_session=True)
+            except OSError as error:
+                raise NoServer(f"{server.command[0]}: {error.strerror}") from None
+            stack.callback(end_process, process)
             await_serving(server, process, port, errors)
-            yield port, process.pid
+            target.pids.append(process.pid)
+        yield target
+
+
+@contextlib.contextmanager
+def running_redis() -> Iterator[str]:
+    """Run a Redis that writes nothing to disk; yields its URL."""
+    port = free_port()
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [shutil.which("redis-server") or "valkey-server", "--port", str(port), "--bind",
+             "127.0.0.1", "--save", "", "--dir", folder], stdout=subprocess.DEVNULL)
+        try:
+            await_serving(Server("redis", []), process, port, tempfile.TemporaryFile())
+            yield f"redis://127.0.0.1:{port}/0"
         finally:
             end_process(process)
 
@@ -994,6 +1102,20 @@ def own_servers() -> tuple[list[Server], list[str]]:
     return servers, missing
 
 
+def redis_servers(url: str) -> list[Server]:
+    """Return what is compared with --redis."""
+    philote = [sys.executable, str(HERE.with_name("philote.py"))]
+    shared = {"REDIS_URL": url}
+    return [
+        Server("in memory", philote, is_philote=True),
+        Server("redis", philote, is_philote=True, settings=shared),
+        Server("redis x2", philote, is_philote=True, processes=2, settings=shared),
+        Server("socketio", [sys.executable, str(HERE), "serve-peer", "socketio"], wire="socketio",
+               settings=shared),
+        Server("socketio x2", [sys.executable, str(HERE), "serve-peer", "socketio"],
+               wire="socketio", processes=2, settings=shared)]
+
+
 # ------------------------------------------------------------------------------------------ rounds
 # The servers take turns in each round, so that what disturbs the machine disturbs them all alike.
 
@@ -1001,9 +1123,10 @@ Rounds = list[dict[str, Any]]       # the results of one server on one load, a r
 Results = dict[str, dict[str, Rounds]]  # by load and server
 
 
-def make_load(load: Load, port: int, pid: int, secret: str, seconds: float) -> dict[str, Any]:
+def make_load(load: Load, target: Target, secret: str, seconds: float) -> dict[str, Any]:
     """Run the load process; the result of one that fails has "failed" in it, and says why."""
-    command = [sys.executable, str(HERE), "run-load", load.name, str(port), str(pid), str(seconds)]
+    command = [sys.executable, str(HERE), "run-load", load.name, ",".join(map(str, target.ports)),
+               ",".join(map(str, target.pids)), target.wire, str(seconds)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
                                env={**os.environ, "SECRET": secret}, start_new_session=True)
     try:
@@ -1021,8 +1144,8 @@ def make_load(load: Load, port: int, pid: int, secret: str, seconds: float) -> d
 def measure(server: Server, load: Load, secret: str, seconds: float) -> dict[str, Any]:
     """Run one load on a fresh server."""
     try:
-        with running(server, secret) as (port, pid):
-            return make_load(load, port, pid, secret, seconds)
+        with running(server, secret) as target:
+            return make_load(load, target, secret, seconds)
     except NoServer as error:
         server.down = str(error)
         return {"failed": "did not start"}
@@ -1327,6 +1450,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--peer", type=parse_peer, action="append", default=[], dest="peers",
                         metavar="NAME=COMMAND",
                         help="another server that speaks the protocol; started without a shell")
+    parser.add_argument("--redis", action="store_true",
+                        help="compare servers that share a Redis, by the loads of messages")
     parser.add_argument("--json", type=parse_output, metavar="FILE", help="write all raw rounds")
     parser.add_argument("--plot", type=parse_picture, metavar="FILE.svg", help="draw the bars")
     options = parser.parse_args(arguments)
@@ -1338,6 +1463,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     options.seconds = 0.3 if options.quick else 1.2
     options.rounds = options.rounds or (1 if options.quick else 5)
     every = [load for load in LOADS.values() if not options.quick or load.name != "idle-10000"]
+    if options.redis:
+        every = [load for load in every if load.kind == "messages" and not load.stalled]
     options.loads = options.loads or every
     return options
 
@@ -1363,12 +1490,16 @@ def summary(options: argparse.Namespace) -> str:
 
 def compare(options: argparse.Namespace) -> int:
     """Run everything, and report; returns the exit status, 1 if a server did not start."""
-    servers, missing = own_servers()
-    servers += options.peers
-    print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr, flush=True)
     raise_file_limit()
-    results = measure_all(options.loads, servers, options.rounds, options.seconds,
-                          Progress(len(options.loads)))
+    with contextlib.ExitStack() as stack:
+        if options.redis:
+            servers, missing = redis_servers(stack.enter_context(running_redis())), []
+        else:
+            servers, missing = own_servers()
+        servers += options.peers
+        print(*missing, sep="\n", end="\n" if missing else "", file=sys.stderr, flush=True)
+        results = measure_all(options.loads, servers, options.rounds, options.seconds,
+                              Progress(len(options.loads)))
     print(summary(options) + "\n\n" + table_of(options.loads, servers, results), flush=True)
     if options.json:
         report = report_of(options.loads, servers, results, options)

@@ -26,6 +26,11 @@ over to anybody. The sections of this file stand in the order of this way:
         -> Batch -> Log.append (id, History) -> Connection.put of each subscriber
         -> Connection.flush
 
+Where many servers share a log in Redis, the publisher's thread goes as far as Batch, and another
+goes on with what comes back:
+
+    Batch -> Outbox -> (append thread) -> Redis -> (read thread) -> Log.append -> ...
+
 The threads, and what each may wait for:
 
     accept      Server.serve_forever. Waits for newcomers only; starts a thread for each.
@@ -35,6 +40,8 @@ The threads, and what each may wait for:
                 all subscribers, but only what they take at once.
     poller      Poller.run. Waits for sockets that were full and for points in time, for all
                 connections together.
+    append,     RedisLog, only with REDIS_URL. Each waits for Redis on a connection of its own.
+    read
     main        `philote serve` waits for a signal there, then calls Server.stop.
     log         BackgroundHandler: the only thread that waits for standard error.
 
@@ -44,6 +51,7 @@ The locks, in the order in which they may be taken while another is held:
     Admission.lock   which connections there are, how many, what the gone ones counted
     Log.lock         the order of all messages, their history, who has joined what. No system call
                      is made under it
+    Outbox.changed   what has not come back from Redis, and whether Redis can be reached
     Connection.lock  a connection's state, its queue, each write to its socket, and its close
     Poller.lock      what the poller is to do next
     Metrics.lock, LogLimit.lock  a few counters; nothing else is taken under them
@@ -61,9 +69,8 @@ What the server promises, and where each promise is kept:
     nobody waits    A publisher writes to a socket only what that takes at once (Transport.send);
     for another     the rest is the poller's work (Connection.resume).
 
-Left out on purpose: messages that outlive the process, TLS (a proxy does that), compression (it
-would cost each connection some 300 KB and each message its shared frame), clusters of servers,
-Windows.
+Left out on purpose: compression (it would cost each connection some 300 KB and each message its
+shared frame), Windows. Without Redis, messages do not outlive the process.
 
 Behind the Python stand two texts that the server hands to browsers: a client, /philote.js, and the
 console, a page that uses it.
