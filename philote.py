@@ -121,6 +121,7 @@ import termios
 import threading
 import time
 import urllib.parse
+import urllib.request
 import uuid
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, NoReturn
@@ -196,12 +197,38 @@ def _parse_secret(text: str) -> str:
     with contextlib.suppress(jwt.PyJWTError):
         jwt.encode({}, _signing_key(text), algorithm="HS256")  # refuses keys and certificates (PEM)
         if not text.lstrip().startswith("{") or '"kty"' not in text:  # a JWK (RFC 7517, section 4)
-            return text
+            if not _is_bare_key(text):
+                return text
     raise ValueError
 
 
 def _parse_redis_url(text: str) -> str:
     if text and not re.fullmatch(r"(rediss?://[^/\s]|unix://(\S*@)?/)\S*", text):
+        raise ValueError
+    return text
+
+
+def _is_bare_key(text: str) -> bool:
+    # A public key or a certificate as identity providers show it, PEM without its first and last
+    # line: in base64 a sequence of just this length that begins with another (X.690, DER).
+    try:
+        data = base64.b64decode("".join(text.split()), validate=True)
+    except ValueError:
+        return False
+    long = data[1] & 0x7F if data[1:2] > b"\x80" else 0  # bytes that the length takes
+    size = int.from_bytes(data[2:2 + long], "big") if long else (data[1] if data[1:] else -1)
+    return data[:1] == b"0" == data[2 + long:3 + long] and len(data) == 2 + long + size
+
+
+def _parse_keys(text: str) -> str:
+    if "://" in text:
+        url = urllib.parse.urlsplit(text)
+        if (not re.fullmatch("[!-~]+", text) or "@" in url.netloc or not url.hostname
+                or url.port == 0):
+            raise ValueError
+        if url.scheme != "https" and not (url.scheme == "http" and is_local_name(url.netloc)):
+            raise ValueError
+    elif not re.fullmatch("[^\0\n]*", text):  # most likely a key, and not where it is
         raise ValueError
     return text
 
@@ -213,6 +240,9 @@ _LEVELS = {
 _SIZE = _number(1, 2**30, "a number of bytes")
 _SECONDS = _number(0, 86400, "a number of seconds", float)
 _SECRET = _parse_secret, "any text that is not a public key, a certificate or a JWK"
+_TEXT = str, "any text"
+_KEYS = _parse_keys, ("the path of a file, or the URL of a JWKS: https://, and http:// on this "
+                      "machine")
 _HOST = str, "an address or name of this machine, or nothing for all"
 _LEVEL = _parse_level, "one of " + ", ".join(_LEVELS)
 _RATE = _number(0, 10**9, "a number of messages a second (0: no limit)", float)
@@ -230,8 +260,16 @@ def _setting(default: Any, kind: Kind, meaning: str, shown: bool = True) -> Any:
 class Settings:
     """What the server may do. Sizes are in bytes, times in seconds."""
 
-    secret: str = _setting("", _SECRET, "signs the tokens; while it is empty, only clients on the "
-                           "same machine are let in", shown=False)
+    secret: str = _setting("", _SECRET, "signs the tokens; while it and PUBLIC_KEYS are empty, "
+                           "only clients on the same machine are let in", shown=False)
+    old_secret: str = _setting(
+        "", _SECRET, "the SECRET of before: tokens that it signed are let in, too", shown=False)
+    public_keys: str = _setting("", _KEYS, "public keys or certificates (PEM), or the JWKS of an "
+                                "identity provider, for tokens that others sign", shown=False)
+    claim: str = _setting("", _TEXT, "the token's claim that holds read, write and api; by default "
+                          "these are claims themselves")
+    audience: str = _setting("", _TEXT, "what the token's claim aud must be, or hold")
+    issuer: str = _setting("", _TEXT, "what the token's claim iss must be")
     host: str = _setting("", _HOST, "what to listen on; by default all, IPv4 and IPv6 alike")
     port: int = _setting(6380, _number(0, 65535), "port to listen on; 0 takes any that is free")
     loglevel: str = _setting("info", _LEVEL, "what the log on standard error says")
@@ -284,32 +322,48 @@ class Settings:
         return cls(**values)
 
     @property
+    def protected(self) -> bool:
+        """Whether anybody can make a token, so that only clients on this machine are let in."""
+        return not self.secret and not self.public_keys
+
+    @property
     def max_pending(self) -> int:
         """How many connections may be without a finished handshake, or closing, at a time."""
         return max(64, self.max_connections)
 
 
 def _not_allowed(name: str, value: str, allowed: str) -> str:
-    shown = "what is set" if name in ("SECRET", "REDIS_URL") else repr(value[:80])
+    secret = name in ("SECRET", "OLD_SECRET", "PUBLIC_KEYS", "REDIS_URL")
+    shown = "what is set" if secret else repr(value[:80])
     return f"{name}: {shown} is not allowed; it takes {allowed}"
 
 
 # -------------------------------------------------------------------------------------- access keys
-# A JSON Web Token (RFC 7519), signed with the server's secret, says which channels its bearer may
-# read and write.
+# A JSON Web Token (RFC 7519) says which channels its bearer may read and write. It is signed with
+# the server's secret, or by an identity provider of whom the server knows the public keys.
 
 MAX_TOKEN_SIZE = 8192  # bytes; a longer one is refused before any work is spent on it
 _END_OF_TIME = 253402300799  # the year 9999; a number far larger would fit no clock
-_ALGORITHMS = ["HS256", "HS384", "HS512"]
-# PyJWT refuses a token that has `aud` unless it is told which one to expect; the original's
-# clients may send any of these claims, and they mean nothing here.
-_UNCHECKED: Any = {
-    "verify_aud": False, "verify_iss": False, "verify_sub": False, "verify_jti": False,
-}
+_HMAC = "HS256", "HS384", "HS512"
+_RSA = "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"
+_CURVES = {"secp256r1": ("ES256",), "secp384r1": ("ES384",), "secp521r1": ("ES512",)}
+_PUBLIC = *_RSA, "ES256", "ES384", "ES512", "EdDSA"
+_Wait = Callable[[float, threading.Event], Any]  # for so many seconds, or until the event
+_FETCH_TIME = 5  # seconds that a token waits for an identity provider to tell its keys
+_FETCH_PAUSE = 60  # seconds between two fetches
+_KEYS_TIME = 300  # seconds after which keys are fetched again, though each token's is among them
+_MAX_KEYS_SIZE = 1 << 20  # bytes
 
 
 class TokenError(ValueError):
-    """A token that lets nobody in; its text says why."""
+    """A token that lets nobody in; its text says why.
+
+    Where `retry_after` is not 0, nobody can say before so many seconds whether it is good.
+    """
+
+    def __init__(self, reason: str, retry_after: int = 0) -> None:
+        super().__init__(reason)
+        self.retry_after = retry_after
 
 
 class Names(frozenset[str]):
@@ -356,42 +410,252 @@ def _signing_key(secret: str) -> bytes:
 
 
 def new_token(secret: str, read: Iterable[str] = (), write: Iterable[str] = (),
-              expires_in: float | None = None, api: bool = False, user: str = "") -> str:
+              expires_in: float | None = None, api: bool = False, user: str = "", *,
+              claim: str = "", audience: str = "", issuer: str = "") -> str:
     """Make a token for the channels `read` and `write`; `chat.*` is all that begin with `chat.`.
 
     It is valid for `expires_in` seconds (None: for ever). `api` opens /api/info and /metrics too.
-    `user` is who bears it: those who ask for ids are told beside each message.
+    `user` is who bears it: those who ask for ids are told beside each message. The last three are
+    for a server that has these settings.
     """
-    claims: dict[str, Any] = {"read": list(read), "write": list(write)}
+    rights: dict[str, Any] = {"read": list(read), "write": list(write)}
+    if api:
+        rights["api"] = True
+    claims: dict[str, Any] = {claim: rights} if claim else rights
     if expires_in is not None:
         claims["exp"] = math.ceil(time.time() + expires_in)
-    if api:
-        claims["api"] = True
-    if user:
-        claims["sub"] = user
+    for name, value in ("sub", user), ("aud", audience), ("iss", issuer):
+        if value:
+            claims[name] = value
     return jwt.encode(claims, _signing_key(secret), algorithm="HS256")
 
 
-def decode_token(token: str, secret: str) -> AccessKey:
-    """Verify a token's signature and times (RFC 7519, section 4.1). Raises TokenError."""
-    if len(token) > MAX_TOKEN_SIZE:
-        raise TokenError(f"the token is longer than {MAX_TOKEN_SIZE} bytes")
+class Key(NamedTuple):
+    """What a signature is verified with, and the algorithms that it is for."""
+
+    key: Any
+    algorithms: Sequence[str]
+
+
+def _public_key(key: Any) -> Key:
+    # By its own kind; keys that are too weak, private or secret are for no algorithm.
+    from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+
+    if isinstance(key, rsa.RSAPublicKey):
+        return Key(key, _RSA if key.key_size >= 2048 else ())  # RFC 7518, section 3.3
+    if isinstance(key, ec.EllipticCurvePublicKey):
+        return Key(key, _CURVES.get(key.curve.name, ()))
+    is_edwards = isinstance(key, (ed25519.Ed25519PublicKey, ed448.Ed448PublicKey))
+    return Key(key, ("EdDSA",) if is_edwards else ())
+
+
+def read_public_keys(path: str) -> list[Key]:
+    """Read a file of public keys and certificates in PEM (RFC 7468). Raises SettingsError."""
+    from cryptography import exceptions, x509
+    from cryptography.hazmat.primitives import serialization
+
+    keys: list[Key] = []
     try:
-        claims = jwt.decode(token, _signing_key(secret), algorithms=_ALGORITHMS, options=_UNCHECKED)
-    except jwt.ExpiredSignatureError:
-        raise TokenError("the token has expired") from None
-    except jwt.ImmatureSignatureError:
-        raise TokenError("the token is not valid yet") from None
-    except (jwt.PyJWTError, ValueError, TypeError, RecursionError):  # PyJWT lets all of these out
-        raise TokenError(
-            "the token is malformed, or not signed with this server's secret") from None
-    for name in ("exp", "nbf", "iat"):
-        if name in claims and type(claims[name]) not in (int, float):
-            raise TokenError(f"the token's claim {name} must be a number")
-    expires = min(claims["exp"], _END_OF_TIME) if "exp" in claims else None
-    user = claims.get("sub")
-    return AccessKey(_channel_names(claims, "read"), _channel_names(claims, "write"), expires,
-                     claims.get("api") is True, user if isinstance(user, str) else "")
+        with open(path, "rb") as file:
+            text = file.read(_MAX_KEYS_SIZE)
+    except OSError as error:
+        raise SettingsError(f"PUBLIC_KEYS: cannot read {path!r}: {error.strerror}") from None
+    for part in re.split(b"(?=-----BEGIN )", text)[1:]:
+        try:
+            if part.startswith(b"-----BEGIN CERTIFICATE"):
+                key = _public_key(x509.load_pem_x509_certificate(part).public_key())
+            else:
+                key = _public_key(serialization.load_pem_public_key(part))
+        except (ValueError, exceptions.UnsupportedAlgorithm):
+            key = Key(None, ())
+        if not key.algorithms:
+            raise SettingsError(
+                f"PUBLIC_KEYS: number {len(keys) + 1} in {path!r} is no certificate or public key "
+                "of RSA (2048 bits or more), P-256, P-384, P-521, Ed25519 or Ed448")
+        keys.append(key)
+    if not keys:
+        raise SettingsError(f"PUBLIC_KEYS: there is no public key or certificate in {path!r}")
+    return keys
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    def redirect_request(self, *_: Any) -> None:
+        """Refuse: it may lead to where there is no TLS."""
+
+
+class Provider(jwt.PyJWKClient):
+    """An identity provider, who tells its public keys as a JWKS (RFC 7517, section 5).
+
+    PyJWT's client keeps them; but it would let all tokens wait for a fetch, refuse them while the
+    provider is away, and then ask it for each of them. Here a thread of its own fetches, at most
+    once in _FETCH_PAUSE. Who shows a key that is not known waits for that, and nobody else does.
+    What was fetched before is good until the next is there.
+    """
+
+    def __init__(self, url: str) -> None:
+        super().__init__(url, lifespan=math.inf, timeout=_FETCH_TIME)
+        self.name = url.partition("?")[0]
+        self.lock = threading.Lock()  # guards the next three
+        self.under_way: threading.Event | None = None  # a fetch, set at its end
+        self.due = -math.inf  # when the next may begin; these are points of the monotonic clock
+        self.fetched = -math.inf  # when the last that brought keys had begun
+
+    def find(self, kid: str, wait: _Wait) -> Key:
+        """Find a key by its id. Raises TokenError."""
+        now, key = time.monotonic(), self._known(kid)
+        under_way = self.fetch(now, self.fetched + _KEYS_TIME if key else now)
+        if not key and under_way:
+            wait(_FETCH_TIME, under_way)
+            key = self._known(kid)
+        if key:
+            return key
+        if self.fetched >= now:
+            raise TokenError("the token's key (kid) is not among those of PUBLIC_KEYS")
+        again = max(1, math.ceil(self.due - time.monotonic()))
+        raise TokenError("the token's key (kid) is not known; the keys of PUBLIC_KEYS are fetched "
+                         f"again in {again} seconds at the earliest", again)
+
+    def fetch(self, now: float, due: float = -math.inf) -> threading.Event | None:
+        """Begin to fetch the keys if that is due; returns what is set at the end, if it is."""
+        with self.lock:
+            if not self.under_way and now >= max(due, self.due):
+                self.due = now + _FETCH_PAUSE
+                under_way = threading.Event()
+                with contextlib.suppress(RuntimeError, MemoryError):  # no more threads
+                    _thread.start_new_thread(self._run, (now, under_way))
+                    self.under_way = under_way
+            return self.under_way
+
+    def fetch_data(self) -> Any:
+        """Fetch and decode the JWKS, as PyJWT's client does, but within a size and a time."""
+        opener, body = urllib.request.build_opener(_NoRedirects), bytearray()
+        end = time.monotonic() + _FETCH_TIME
+        with opener.open(self.uri, timeout=_FETCH_TIME) as response:
+            while part := response.read1(_FULL_READ):
+                body += part
+                if len(body) > _MAX_KEYS_SIZE or time.monotonic() > end:
+                    raise ValueError(f"more than {_MAX_KEYS_SIZE} bytes, or {_FETCH_TIME} seconds")
+        return self._as_jwk_set_payload(json.loads(body))
+
+    def _known(self, kid: str) -> Key | None:
+        keys = self.jwk_set_cache.get() if self.jwk_set_cache else None
+        for key in keys or ():
+            if key.key_id == kid and key.public_key_use in ("sig", None):
+                return _public_key(key.key)
+        return None
+
+    # The thread that fetches
+
+    def _run(self, begun: float, under_way: threading.Event) -> None:
+        fetched = -math.inf
+        try:
+            count = len(self.get_jwk_set(refresh=True).keys)
+            fetched = begun
+            log.info("PUBLIC_KEYS: %d keys from %s", count, self.name)
+        except Exception as error:
+            log.warning("PUBLIC_KEYS: no keys from %s, those of before stay valid: %s", self.name,
+                        _on_one_line(str(error) or type(error).__name__))
+        finally:
+            with self.lock:
+                self.fetched = max(self.fetched, fetched)
+                self.under_way = None
+            under_way.set()
+
+
+def _wait_for(seconds: float, event: threading.Event) -> None:
+    event.wait(seconds)
+
+
+class Keyring:
+    """All that tokens may be signed with, by the settings. Raises SettingsError, ImportError.
+
+    Each key is for the algorithms of its own kind. A token only says which of them it was made by:
+    else the text of a public key, which everybody knows, could pass for a secret.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.public_keys: list[Key] = []  # of the file; replaced as a whole
+        self.provider: Provider | None = None
+        if settings.old_secret and not settings.secret:
+            raise SettingsError("OLD_SECRET: it is let in only beside a SECRET")
+        secrets = [settings.secret, *filter(None, [settings.old_secret])]
+        self.secrets = [Key(_signing_key(secret), _HMAC) for secret in secrets
+                        if secret or settings.protected]
+        if settings.public_keys and not jwt.algorithms.has_crypto:
+            raise ImportError("PUBLIC_KEYS needs the package cryptography; install it with: "
+                              "pip install 'philote[keys]'")
+        if "://" in settings.public_keys:
+            self.provider = Provider(settings.public_keys)
+        else:
+            self.reload()
+
+    def reload(self) -> None:
+        """Read the public keys again. Raises SettingsError, and goes on with those of before."""
+        if self.provider:
+            self.provider.fetch(time.monotonic())
+        elif self.settings.public_keys:
+            self.public_keys = read_public_keys(self.settings.public_keys)
+
+    def decode(self, token: str, wait: _Wait = _wait_for) -> AccessKey:
+        """Verify a token's signature and claims (RFC 7519, section 4.1). Raises TokenError.
+
+        `wait` is called where that has to wait for an identity provider.
+        """
+        if len(token) > MAX_TOKEN_SIZE:
+            raise TokenError(f"the token is longer than {MAX_TOKEN_SIZE} bytes")
+        try:
+            claims = self._verify(token, wait)
+        except jwt.ExpiredSignatureError:
+            raise TokenError("the token has expired") from None
+        except jwt.ImmatureSignatureError:
+            raise TokenError("the token is not valid yet") from None
+        except (jwt.InvalidAudienceError, jwt.InvalidIssuerError, jwt.MissingRequiredClaimError):
+            raise TokenError("the token is for another server, or from another issuer (AUDIENCE, "
+                             "ISSUER)") from None
+        except TokenError:
+            raise
+        except (jwt.PyJWTError, ValueError, TypeError, RecursionError):  # PyJWT lets all these out
+            raise TokenError("the token is malformed, or not signed with this server's secret"
+                             + " or public keys" * bool(self.settings.public_keys)) from None
+        return self._access_key(claims)
+
+    def _verify(self, token: str, wait: _Wait) -> dict[str, Any]:
+        settings = self.settings
+        # PyJWT refuses a token that has `aud` unless it is told which one to expect; the original's
+        # clients may send any of these claims, and they mean nothing here.
+        options: Any = {
+            "verify_aud": bool(settings.audience), "verify_iss": bool(settings.issuer),
+            "verify_sub": False, "verify_jti": False}
+        for key in self._find_keys(jwt.get_unverified_header(token), wait):
+            with contextlib.suppress(jwt.InvalidSignatureError):
+                return jwt.decode(
+                    token, key.key, key.algorithms, options,
+                    audience=settings.audience or None, issuer=settings.issuer or None)
+        raise jwt.InvalidSignatureError
+
+    def _find_keys(self, header: Mapping[str, Any], wait: _Wait) -> list[Key]:
+        algorithm, keys = header.get("alg"), self.secrets + self.public_keys
+        if self.provider and algorithm in _PUBLIC:
+            if not header.get("kid"):
+                raise TokenError("the token names no key (kid) of PUBLIC_KEYS")
+            keys = [self.provider.find(header["kid"], wait)]
+        keys = [key for key in keys if algorithm in key.algorithms]
+        if not keys:
+            raise TokenError(f"the token is signed by {_shown(algorithm)}, and no key is for that")
+        return keys
+
+    def _access_key(self, claims: dict[str, Any]) -> AccessKey:
+        for name in ("exp", "nbf", "iat"):
+            if name in claims and type(claims[name]) not in (int, float):
+                raise TokenError(f"the token's claim {name} must be a number")
+        expires = min(claims["exp"], _END_OF_TIME) if "exp" in claims else None
+        claim, user = self.settings.claim, claims.get("sub")
+        rights = claims.get(claim) if claim else claims
+        if not isinstance(rights, dict):
+            raise TokenError(f"the token's claim {claim} must be an object (CLAIM)")
+        return AccessKey(_channel_names(rights, "read"), _channel_names(rights, "write"), expires,
+                         rights.get("api") is True, user if isinstance(user, str) else "")
 
 
 def _channel_names(claims: dict[str, Any], name: str) -> Names:
@@ -1011,10 +1275,10 @@ class Connection:
             busy_threads.add(self)
         self.busy = True
 
-    def pause(self, seconds: float) -> None:
+    def pause(self, seconds: float, until: threading.Event | None = None) -> None:
         """Let the peer wait. Raises ConnectionError where it hangs up meanwhile.
 
-        It is cut short when the connection or the server ends.
+        It is cut short when the connection or the server ends, or by the event.
         """
         end = time.monotonic() + seconds
         hang_up = select.poll()
@@ -1022,7 +1286,9 @@ class Connection:
         with self._not_busy():
             while (self.state is not CLOSING and not self.server.stopping.is_set()
                    and (left := end - time.monotonic()) > 0):
-                if hang_up.poll(1000 * min(left, 0.25)):
+                if until and until.wait(min(left, 0.25)):
+                    break
+                if hang_up.poll(0 if until else 1000 * min(left, 0.25)):
                     raise ConnectionResetError("the peer is gone; what had to wait is lost")
                 self.last_received = time.monotonic()  # it lives, and is not asked
 
@@ -3206,7 +3472,7 @@ class HTTPHandler:
         if endpoint is None:
             raise HTTPError(405, f"the methods here are {allowed}", headers={"Allow": allowed})
         if endpoint.right:
-            request.key = authorize(self.server.settings, request)
+            request.key = authorize(self, request)
             self.charge = 0
             self.server.admission.renew(self.connection)
             if endpoint.right == "api" and not request.key.api:
@@ -3281,21 +3547,22 @@ def check_origin(settings: Settings, request: Request) -> str:
     return origin
 
 
-def authorize(settings: Settings, request: Request) -> AccessKey:
+def authorize(handler: HTTPHandler, request: Request) -> AccessKey:
     """Find a good token, in the header (RFC 6750, section 2.1) or else in the query."""
-    if not settings.secret:
+    server, connection = handler.server, handler.connection
+    if server.settings.protected:
         check_local(request)
     tokens = [re.sub("(?i)^bearer +", "", request.headers.get("authorization", ""))]
     tokens += request.query.get("auth", [])[:1]
-    reason = ""
-    for token in filter(None, tokens):
+    refused = TokenError("a token is needed: Authorization: Bearer TOKEN, or ?auth=TOKEN")
+    for number, token in enumerate(filter(None, tokens)):
         try:
-            return decode_token(token, settings.secret)
+            return server.keys.decode(token, connection.pause)
         except TokenError as error:
-            reason = reason or str(error)
-    raise HTTPError(
-        401, reason or "a token is needed: Authorization: Bearer TOKEN, or ?auth=TOKEN",
-        headers={"WWW-Authenticate": "Bearer"})
+            refused = error if not number else refused
+    if refused.retry_after:
+        raise HTTPError(503, str(refused), "unknown_key", {"Retry-After": str(refused.retry_after)})
+    raise HTTPError(401, str(refused), headers={"WWW-Authenticate": "Bearer"})
 
 
 def check_local(request: Request) -> None:
@@ -3403,8 +3670,8 @@ def tell_info(handler: HTTPHandler, request: Request) -> Response:
     """GET /api/info: version, settings and state."""
     server = handler.server
     totals = server.metrics.totals()
-    settings = dataclasses.asdict(server.settings)
-    del settings["secret"], settings["port"], settings["redis_url"]
+    settings = {field.name: getattr(server.settings, field.name)
+                for field in dataclasses.fields(Settings) if field.repr and field.name != "port"}
     return respond_json({
         "version": __version__, "python": platform.python_version(),
         "implementation": platform.python_implementation(), "gil": _INTERPRETER_LOCK,
@@ -3449,17 +3716,19 @@ def show_console(handler: HTTPHandler, request: Request) -> Response:
         raise HTTPError(426, "this is a WebSocket server", headers=_UPGRADE)
     if not handler.server.settings.console:
         raise HTTPError(404, "there is nothing here: CONSOLE is false")
-    page, policy = _make_console(bool(handler.server.settings.secret))
+    settings = handler.server.settings
+    page, policy = _make_console(
+        settings.protected and not (settings.claim or settings.audience or settings.issuer))
     return tell_file(request, "html", page, {
         "Vary": "Accept", "X-Frame-Options": "DENY", "Content-Security-Policy": policy})
 
 
 @functools.cache
-def _make_console(has_secret: bool) -> tuple[bytes, str]:
+def _make_console(is_open: bool) -> tuple[bytes, str]:
     script, style = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
                      for text in (_CONSOLE_SCRIPT, _CONSOLE_STYLE))
     page = _CONSOLE_PAGE.replace("STYLE", _CONSOLE_STYLE, 1).replace("SCRIPT", _CONSOLE_SCRIPT, 1)
-    if not has_secret:
+    if is_open:
         page = page.replace('data-secret="set"', 'data-secret="empty"', 1)
     return page.encode(), (
         f"default-src 'none'; script-src 'self' 'sha256-{script}'; style-src 'sha256-{style}'; "
@@ -3755,6 +4024,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.log = make_log(settings)
         self.admission = Admission(settings, self.stopping)
         self.metrics = Metrics(self.admission, self.log)
+        self.keys = Keyring(settings)
         self.log_limit = LogLimit()  # of lines about what peers do
         self.own_log_limit = LogLimit()  # of others, which no flood of those can silence
         # For who owns the process, as `philote serve` does: set where there is an interpreter's
@@ -3781,6 +4051,8 @@ class Server(socketserver.ThreadingTCPServer):
         super().server_bind()
 
     def __enter__(self) -> Server:
+        if self.keys.provider:
+            self.keys.reload()
         self.poller.start()
         self.acceptor.start()
         return self
@@ -4811,7 +5083,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except SettingsError as error:
         print(error, file=sys.stderr)
         status = 2
-    except (PhiloteError, OSError) as error:
+    except (PhiloteError, OSError, ImportError) as error:
         where = isinstance(error, OSError) and "url" in parsed
         _tell((f"{_without_token(parsed.url)}: " if where else "") + str(error))
         status = 1
@@ -4900,16 +5172,18 @@ def _greet(server: Server) -> None:
     settings, (address, port, *_) = server.settings, server.server_address
     origins = settings.check_origin
     log.info("philote %s on Python %s listens on %s port %d: "
-             "MAX_CONNECTIONS=%d CHECK_ORIGIN=%s SECRET %s LOGLEVEL=%s",
+             "MAX_CONNECTIONS=%d CHECK_ORIGIN=%s SECRET %s PUBLIC_KEYS %s LOGLEVEL=%s",
              __version__, platform.python_version(), address, port, settings.max_connections,
              ",".join(origins) if isinstance(origins, tuple) else str(origins).lower(),
-             "set" if settings.secret else "empty", settings.loglevel)
-    if not settings.secret:
+             "set" if settings.secret else "empty", "set" if settings.public_keys else "empty",
+             settings.loglevel)
+    if settings.protected:
         log.warning(
             "SECRET is empty: anybody can make a token, so only clients on this machine are let in")
-    elif len(settings.secret) < 32:
-        log.warning("SECRET has %d characters; one of 32 or more cannot be guessed",
-                    len(settings.secret))
+    for name, secret in ("SECRET", settings.secret), ("OLD_SECRET", settings.old_secret):
+        if 0 < len(secret) < 32:
+            log.warning("%s has %d characters; one of 32 or more cannot be guessed",
+                        name, len(secret))
 
 
 def _raise_descriptor_limit(settings: Settings) -> None:
@@ -4927,23 +5201,35 @@ def _raise_descriptor_limit(settings: Settings) -> None:
 
 # philote token
 
-def _secret() -> str:
+_TOKEN_SETTINGS = "SECRET", "OLD_SECRET", "PUBLIC_KEYS", "CLAIM", "AUDIENCE", "ISSUER"
+
+
+def _token_settings() -> Settings:
     return Settings.from_environ(
-        {name: os.environ[name] for name in ("SECRET",) if name in os.environ}).secret
+        {name: os.environ[name] for name in _TOKEN_SETTINGS if name in os.environ})
+
+
+def _new_token(*arguments: Any) -> str:
+    # One that a server with the same settings lets in.
+    settings = _token_settings()
+    if not settings.secret and settings.public_keys:
+        raise PhiloteError("without SECRET, tokens come from who holds the private key of "
+                           "PUBLIC_KEYS")
+    return new_token(settings.secret, *arguments, claim=settings.claim,
+                     audience=settings.audience, issuer=settings.issuer)
 
 
 def _token(arguments: argparse.Namespace) -> int:
-    secret = _secret()
     if arguments.check is None:
+        token = _new_token(arguments.read, arguments.write, arguments.expires, arguments.api,
+                           arguments.user)
         if not (arguments.read or arguments.write or arguments.api):
             _tell("this token allows nothing; name channels with --read or --write")
-        _print(new_token(
-            secret, arguments.read, arguments.write, arguments.expires, arguments.api,
-            arguments.user))
+        _print(token)
         return 0
     token = sys.stdin.readline().strip() if arguments.check == "-" else arguments.check
     try:
-        key = decode_token(token, secret)
+        key = Keyring(_token_settings()).decode(token)
     except TokenError as error:
         print(f"refused: {error}")
         return 1
@@ -4984,11 +5270,11 @@ def _tell_pause(arguments: argparse.Namespace, error: Exception, seconds: float)
 
 def _token_for(arguments: argparse.Namespace, read: Sequence[str],
                write: Sequence[str] = ()) -> str:
-    return arguments.token or new_token(_secret(), read, write)
+    return arguments.token or _new_token(read, write)
 
 
 def _explain(error: Unauthorized, arguments: argparse.Namespace) -> Unauthorized:
-    if error.status == 401 and not arguments.token and not _secret():
+    if error.status == 401 and not arguments.token and not _token_settings().secret:
         return Unauthorized(401, "SECRET is not set here, so the token was signed with an empty "
                             "one, which is not the server's; set it, or give --token")
     return error

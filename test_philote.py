@@ -14,6 +14,8 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import datetime
+import functools
 import gc
 import hashlib
 import hmac
@@ -52,6 +54,9 @@ import pytest
 import redis
 import websockets.exceptions
 import websockets.sync.client
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 
 import philote
 
@@ -99,6 +104,10 @@ def port_of(server):
 def make_token(read=(), write=(), secret=SECRET, algorithm="HS256", **claims):
     return jwt.encode(
         {"read": list(read), "write": list(write), **claims}, secret, algorithm=algorithm)
+
+
+def keyring(**settings):
+    return philote.Keyring(philote.Settings(**settings))
 
 
 def in_seconds(count):
@@ -477,7 +486,7 @@ def test_the_signature_is_that_of_the_secret_as_it_is(secret):
     # The original signs with the bare secret. PyJWT does, too, but for an empty one: that gives
     # the HMAC of one zero byte.
     key = secret or "\0"
-    assert philote.decode_token(make_token(["a"], secret=key), secret).read == {"a"}
+    assert keyring(secret=secret).decode(make_token(["a"], secret=key)).read == {"a"}
     assert jwt.decode(philote.new_token(secret, ["a"]), key, ["HS256"])["read"] == ["a"]
 
 
@@ -577,6 +586,452 @@ def test_no_token_and_no_secret_reaches_the_log(server, caplog):
             ask(server, request)
         server.log_limit.silent_until.clear()
     assert caplog.text and not re.search("eyJ|garbage-token|" + re.escape(SECRET), caplog.text)
+
+
+# Public keys, and an identity provider
+
+@functools.cache
+def private_key(kind):
+    """A key pair of a kind, the same one each time."""
+    if kind.startswith("rsa"):
+        return rsa.generate_private_key(65537, int(kind[3:]))
+    if kind.startswith("ed"):
+        of = {"ed25519": ed25519.Ed25519PrivateKey, "ed448": ed448.Ed448PrivateKey}[kind]
+        return of.generate()
+    return ec.generate_private_key(getattr(ec, kind.upper())())
+
+
+def public_pem(kind):
+    return private_key(kind).public_key().public_bytes(
+        serialization.Encoding.PEM, serialization.PublicFormat.SubjectPublicKeyInfo).decode()
+
+
+def certificate_pem(kind):
+    """A certificate that signs itself, of a year that is over: only its key counts."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "example")])
+    builder = x509.CertificateBuilder(
+        name, name, private_key(kind).public_key(), 1, datetime.datetime(2020, 1, 1),
+        datetime.datetime(2021, 1, 1))
+    return builder.sign(private_key(kind), hashes.SHA256()).public_bytes(
+        serialization.Encoding.PEM).decode()
+
+
+def signed(kind, algorithm, kid=None, **claims):
+    """A token for the channel a, signed by a private key."""
+    return jwt.encode({"read": ["a"], **claims}, private_key(kind), algorithm,
+                      {"kid": kid} if kid else None)
+
+
+def jwk(kind, kid, **members):
+    """A public key as an identity provider tells it."""
+    of = {"rsa": "RSA", "ed": "OKP", "sec": "EC"}[kind.rstrip("0123456789rk")[:3]]
+    algorithm = getattr(jwt.algorithms, of + "Algorithm")
+    return {**algorithm.to_jwk(private_key(kind).public_key(), as_dict=True), "kid": kid, **members}
+
+
+@pytest.fixture
+def keys_file(tmp_path):
+    """The path of a file with two public keys, and what signed tokens of them have to be."""
+    path = tmp_path / "keys.pem"
+    path.write_text("of today\n" + public_pem("secp256r1") + certificate_pem("rsa2048"))
+    return str(path)
+
+
+BY_KIND = {
+    "rsa2048": "RS256 RS384 RS512 PS256 PS384 PS512", "secp256r1": "ES256", "secp384r1": "ES384",
+    "secp521r1": "ES512", "ed25519": "EdDSA", "ed448": "EdDSA"}
+
+
+def test_a_public_key_of_each_kind_lets_in_what_it_signed_by_its_algorithms(tmp_path):
+    path = tmp_path / "keys.pem"
+    path.write_text("".join(map(public_pem, BY_KIND)))
+    tokens = [signed(kind, algorithm)
+              for kind, names in BY_KIND.items() for algorithm in names.split()]
+    with running(secret="", public_keys=str(path)) as server:
+        for token in tokens:
+            with RawClient(server, token=token) as client:
+                assert client.is_quiet()
+    assert len(tokens) == 11
+
+
+def without_signature(header, claims=b"{}"):
+    return raw_token(header, json.loads(claims)).rpartition(".")[0] + "."
+
+
+def hmac_with(secret):
+    """A token that takes these bytes for a secret, which PyJWT would not make."""
+    head = raw_token({"alg": "HS256"}, {"read": ["a"]}).rpartition(".")[0].encode()
+    mark = hmac.new(secret, head, hashlib.sha256).digest()
+    return (head + b"." + base64.urlsafe_b64encode(mark).rstrip(b"=")).decode()
+
+
+@pytest.mark.parametrize("public", [
+    public_pem("secp256r1").encode(), public_pem("secp256r1").strip().encode(),
+    certificate_pem("rsa2048").encode(), public_pem("secp256r1").encode() + certificate_pem(
+        "rsa2048").encode(), base64.b64decode("".join(public_pem("secp256r1").split("\n")[1:-2])),
+    "".join(public_pem("secp256r1").split("\n")[1:-2]).encode(), b"", b"\0"], ids=range(8))
+def test_the_text_of_a_public_key_is_nobodys_secret(keys_file, public):
+    token = hmac_with(public)
+    for secret in ("", SECRET):
+        with running(secret=secret, public_keys=keys_file) as server:
+            assert status_of(server, upgrade_request("/?auth=" + token)) == 401
+    text = public.decode("latin-1")
+    if len(public) > 1 and text.isascii():
+        with pytest.raises(philote.SettingsError):
+            philote.Settings.from_environ({"SECRET": SECRET, "OLD_SECRET": text})
+
+
+REASONS = {
+    "a token is needed": lambda: [""],
+    "the token is longer than": lambda: ["a" * 8193],
+    "the token is malformed": lambda: ["a.b.c", make_token(["a"], secret="x" * 32), signed(
+        "secp256r1", "ES256")[:-8] + "AAAAAAAA", jwt.encode({}, ec.generate_private_key(
+            ec.SECP256R1()), "ES256"), signed("rsa2048", "RS256").rpartition(".")[0] + "."],
+    "the token is signed by": lambda: [
+        without_signature({"alg": "none"}), without_signature({"alg": "None", "kid": "x"}),
+        without_signature({"alg": "ES521"}), without_signature({"alg": ["HS256"]}),
+        signed("secp384r1", "ES384"), signed("ed25519", "EdDSA"), raw_token({"alg": "ES256K"}, {})],
+    "the token has expired": lambda: [signed("rsa2048", "PS256", **FOR_US, exp=5),
+                                      make_token(**FOR_US, exp=5)],
+    "the token is not valid yet": lambda: [signed("rsa2048", "PS256", **FOR_US, nbf=2 ** 40)],
+    "the token is for another server": lambda: [
+        signed("rsa2048", "RS256", **{**FOR_US, **change}) for change in (
+            {"aud": "other"}, {"aud": []}, {"aud": ""}, {"aud": 5}, {"aud": ["other"]},
+            {"iss": "https://other.example"}, {"iss": "https://id.example/"}, {"iss": ""})] + [
+        make_token(), make_token(aud="us"), make_token(iss="https://id.example")],
+    "the token's claim iat": lambda: [make_token(**FOR_US, iat=True)],
+    "the token's claim https://a.example/philote": lambda: [
+        make_token(aud="us", iss="https://id.example", read=["a"]),
+        signed("rsa2048", "RS256", **{**FOR_US, "https://a.example/philote": ["a"]})],
+    "the token's claim read": lambda: [make_token(
+        **{**FOR_US, "https://a.example/philote": {"read": "a"}})]}
+FOR_US = {"aud": ["us", "them"], "iss": "https://id.example",
+          "https://a.example/philote": {"read": ["b"]}}
+
+
+def test_a_token_is_refused_for_the_reason_that_the_readme_tells(keys_file):
+    told = re.findall(r"(?m)^\| .* \| (40[0-9]|503) \| `([^`]*)`", (HERE / "README.md").read_text())
+    assert {reason: status for status, reason in told} == {
+        **dict.fromkeys(REASONS, "401"), **dict.fromkeys(REASONS_OF_PROVIDER, "401"),
+        "the token's key (kid) is not known": "503"}
+    settings = {"audience": "us", "issuer": "https://id.example", "public_keys": keys_file,
+                "claim": "https://a.example/philote"}
+    with running(**settings) as server:
+        for reason, make in REASONS.items():
+            for token in make():
+                status, _, body = call(server, "GET", "/api/history", None, token)
+                assert (status, json.loads(body)["reason"][:len(reason)]) == (401, reason), token
+        for token in (make_token(**FOR_US), signed("rsa2048", "RS256", **FOR_US)):
+            RawClient(server, token=token, query="?channel=b").close()
+
+
+def test_with_public_keys_and_no_secret_other_machines_are_let_in_and_no_secret_is(
+        keys_file, monkeypatch):
+    monkeypatch.setattr(philote, "is_loopback", lambda address: False)
+    headers = {"Host": "philote.example", "Authorization": signed("secp256r1", "ES256")}
+    with running(secret="", public_keys=keys_file) as server:
+        assert status_of(server, upgrade_request(headers=headers)) == 101
+        headers["Authorization"] = philote.new_token("", ["a"])
+        assert status_of(server, upgrade_request(headers=headers)) == 401
+
+
+def test_beside_public_keys_a_secret_is_good_too(keys_file):
+    with running(public_keys=keys_file) as server:
+        RawClient(server, ["a"]).close()
+        RawClient(server, token=signed("rsa2048", "RS512")).close()
+
+
+def test_the_old_secret_lets_in_and_the_new_one_signs():
+    with running(old_secret="before" * 8) as server:
+        for secret in (SECRET, "before" * 8):
+            RawClient(server, ["a"], secret=secret).close()
+        assert status_of(server, upgrade_request("/?auth=" + BAD)) == 401
+    for settings in ({"OLD_SECRET": "x" * 40}, {"OLD_SECRET": "x" * 40, "SECRET": ""}):
+        assert "OLD_SECRET" in fails("serve", status=2, **settings)
+    token = run("token", "--read", "a", SECRET=SECRET, OLD_SECRET="before" * 8)[1].strip()
+    assert claims_of(token)["read"] == ["a"]
+
+
+def test_the_file_is_read_again_and_a_bad_one_changes_nothing(keys_file):
+    keys, token = keyring(public_keys=keys_file), signed("ed25519", "EdDSA")
+    Path(keys_file).write_text("nothing")
+    with pytest.raises(philote.SettingsError):
+        keys.reload()
+    assert keys.decode(signed("rsa2048", "RS256")).read == {"a"}
+    Path(keys_file).write_text(public_pem("ed25519"))
+    keys.reload()
+    assert keys.decode(token).read == {"a"}
+    with pytest.raises(philote.TokenError):
+        keys.decode(signed("rsa2048", "RS256"))
+
+
+@pytest.mark.parametrize("content, says", [
+    ("", "no public key"), ("MIIB", "no public key"), (None, "No such file"),
+    ("-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----\n", "number 1"),
+    (public_pem("secp256r1") + "-----BEGIN CERTIFICATE-----\nhush\n", "number 2"),
+    (public_pem("rsa1024"), "2048"), (public_pem("secp256k1"), "number 1"),
+    (private_key("secp256r1").private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption()).decode(), "number 1")], ids=range(8))
+def test_a_file_without_good_keys_ends_the_start_with_one_line_and_2(tmp_path, content, says):
+    path = tmp_path / "keys.pem"
+    if content is not None:
+        path.write_text(content)
+    line = fails("serve", status=2, says=says, PUBLIC_KEYS=str(path))
+    assert line.startswith("PUBLIC_KEYS: ") and str(path) in line and "hush" not in line
+    assert not any(part in line for part in (content or "").split("\n") if len(part) > 30)
+
+
+@pytest.mark.parametrize("value", [
+    "http://id.example/keys", "ftp://id.example/keys", "https:///keys",
+    "https://me:hush@id.example/", "https://id.example:0/", "http://localhost.id.example/",
+    public_pem("secp256r1"), "a\nb"])
+def test_a_bad_place_for_public_keys_is_refused_and_not_shown(value):
+    line = fails("serve", status=2, says="PUBLIC_KEYS: what is set is not allowed",
+                 PUBLIC_KEYS=value)
+    assert value not in line
+
+
+def test_without_cryptography_one_line_says_what_to_install(tmp_path, keys_file):
+    (tmp_path / "cryptography.py").write_text(
+        "raise ModuleNotFoundError('none', name='cryptography')")
+    environ = {"PYTHONPATH": str(tmp_path), "PUBLIC_KEYS": keys_file}
+    fails("serve", says="pip install 'philote[keys]'", **environ)
+    with serving(PYTHONPATH=str(tmp_path)) as server:
+        assert is_served(server)
+
+
+def test_the_commands_make_and_check_tokens_as_the_settings_say(keys_file):
+    settings = {"CLAIM": "p", "AUDIENCE": "us", "ISSUER": "me"}
+    with running(claim="p", audience="us", issuer="me") as server:
+        environ = {**settings, **at(server)}
+        check_commands(**environ)
+        token = run("token", "--read", "a", "--api", **environ)[1].strip()
+        RawClient(server, token=token).close()
+        assert call(server, "GET", "/metrics", None, token)[0] == 200
+        assert "read: a; " in run("token", "--check", token, **environ)[1]
+    environ = {"PUBLIC_KEYS": keys_file}
+    assert "read: a; " in run("token", "--check", signed("rsa2048", "RS256"), **environ)[1]
+    assert "without SECRET" in run("token", "--read", "a", **environ)[2]
+
+
+class KeyServer:
+    """An identity provider: an HTTP server of its public keys, whose answer tests replace."""
+
+    def __init__(self):
+        self.count = 0  # requests
+        self.answer = self.tell(jwk("rsa2048", "one", use="sig", alg="RS256"))
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                outer.count += 1
+                with contextlib.suppress(OSError):
+                    outer.answer(self)
+
+            def log_message(self, *_):
+                pass
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.url = f"http://127.0.0.1:{self.server.server_port}/keys?key=hush"
+        threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
+
+    @staticmethod
+    def tell(*keys):
+        return KeyServer.send(json.dumps({"keys": keys}).encode())
+
+    @staticmethod
+    def send(body, status=200, **headers):
+        def answer(handler):
+            handler.send_response(status)
+            for name, value in {"Content-Length": str(len(body)), **headers}.items():
+                handler.send_header(name, value)
+            handler.end_headers()
+            handler.wfile.write(body)
+        return answer
+
+    def hang(self):
+        """Answer nothing until the event that this returns."""
+        go_on, answer = threading.Event(), self.answer
+
+        def wait(handler):
+            go_on.wait(2 * PATIENCE)
+            answer(handler)
+
+        self.answer = wait
+        return go_on
+
+    def die(self):
+        self.server.shutdown()
+        self.server.server_close()
+
+
+@pytest.fixture
+def provider():
+    provider = KeyServer()
+    yield provider
+    provider.die()
+
+
+@contextlib.contextmanager
+def trusting(provider, **settings):
+    """Run a server that knows the keys of an identity provider, fetched for one token."""
+    with running(secret="", public_keys=provider.url, **settings) as server:
+        RawClient(server, token=signed("rsa2048", "RS256", "one")).close()
+        yield server
+
+
+def enter(server, kid, kind="rsa2048", algorithm="RS256"):
+    """What a token is answered: the status, and the reason of a refusal."""
+    status, headers, body = call(server, "GET", "/api/history", None, signed(kind, algorithm, kid))
+    assert (status == 503) == ("retry-after" in headers)
+    return status, json.loads(body).get("reason", "")
+
+
+REASONS_OF_PROVIDER = {
+    "the token names no key": lambda: [signed("rsa2048", "RS256")],
+    "the token's key (kid) is not among": lambda: [signed("rsa2048", "RS256", "another")]}
+
+
+def test_the_keys_of_a_provider_are_for_what_their_kind_and_id_say(provider, monkeypatch):
+    monkeypatch.setattr(philote, "_FETCH_PAUSE", 0)
+    provider.answer = provider.tell(
+        jwk("rsa2048", "one"), jwk("secp256r1", "two"), jwk("ed25519", "three"),
+        jwk("secp384r1", "for secrets", use="enc"), jwk("rsa1024", "weak"),
+        {"kty": "oct", "kid": "shared", "k": "c2VjcmV0" * 8}, {"kty": "new", "kid": "x"}, 5)
+    with trusting(provider) as server:
+        for kid, kind, algorithm in (("one", "rsa2048", "PS512"), ("two", "secp256r1", "ES256"),
+                                     ("three", "ed25519", "EdDSA")):
+            assert enter(server, kid, kind, algorithm) == (200, "")
+        for kid, kind, algorithm in (
+                ("two", "rsa2048", "RS256"), ("for secrets", "secp384r1", "ES384"),
+                ("weak", "rsa1024", "RS256"), ("one", "secp256r1", "ES256")):
+            assert enter(server, kid, kind, algorithm)[0] == 401
+        shared = jwt.encode({}, b"secret" * 8, "HS256", {"kid": "shared"})
+        assert call(server, "GET", "/api/history", None, shared)[0] == 401
+        for reason, make in REASONS_OF_PROVIDER.items():
+            for token in make():
+                status, _, body = call(server, "GET", "/api/history", None, token)
+                assert (status, json.loads(body)["reason"][:len(reason)]) == (401, reason)
+
+
+def test_the_provider_is_asked_once_a_minute_however_many_keys_nobody_knows(provider):
+    tokens = [signed("rsa2048", "RS256", f"{number}") for number in range(20)]
+    go_on = provider.hang()
+    with running(secret="", public_keys=provider.url, request_timeout=1) as server, \
+            many(40, dial, server) as socks:
+        known = signed("rsa2048", "RS256", "one")
+        for sock, token in zip(socks, [*tokens, *[known] * 20]):
+            sock.sendall(http_request("GET", "/api/history", token=token))
+        wait_until(lambda: len(server.admission.connections()) == 40 and provider.count == 1)
+        go_on.set()
+        answers = [read_response(sock.makefile("rb"))[0] for sock in socks]
+        assert answers == [503] * 20 + [200] * 20
+        for _ in range(20):
+            assert enter(server, "another")[0] == 503
+        assert provider.count == 1
+
+
+def test_a_key_that_is_new_is_fetched_and_one_that_is_gone_is_forgotten(provider, monkeypatch):
+    monkeypatch.setattr(philote, "_FETCH_PAUSE", 0)
+    with trusting(provider) as server:
+        provider.answer = provider.tell(jwk("secp256r1", "two"))
+        assert enter(server, "two", "secp256r1", "ES256") == (200, "")
+        assert enter(server, "one")[0] == 401
+
+
+def test_keys_are_fetched_again_after_a_while_and_nobody_waits_for_it(provider, monkeypatch):
+    monkeypatch.setattr(philote, "_FETCH_PAUSE", 0)
+    monkeypatch.setattr(philote, "_KEYS_TIME", 0)
+    with trusting(provider) as server:
+        provider.answer = provider.tell(jwk("secp256r1", "two"))
+        go_on = provider.hang()
+        count = provider.count
+        for _ in range(3):
+            assert enter(server, "one") == (200, "")
+        wait_until(lambda: provider.count > count)
+        go_on.set()
+        wait_until(lambda: enter(server, "one")[0] == 401)
+
+
+def test_while_one_waits_for_the_provider_nobody_else_does(provider, monkeypatch, caplog):
+    monkeypatch.setattr(philote, "_FETCH_PAUSE", 0)
+    with trusting(provider) as server, dial(server) as waiting, dial(server) as gone:
+        go_on, count = provider.hang(), provider.count
+        for sock in (waiting, gone):
+            sock.sendall(http_request("GET", "/api/history",
+                                      token=signed("rsa2048", "RS256", "new")))
+        wait_until(lambda: provider.count > count)
+        assert enter(server, "one") == (200, "")
+        gone.close()  # it is noticed
+        wait_until(lambda: len(server.admission.connections()) == 1)
+        monkeypatch.setattr(philote, "_FETCH_TIME", 0.1)
+        assert enter(server, "other")[0] == 503  # in time, though the provider hangs
+        assert not select.select([waiting], [], [], 0)[0]
+        go_on.set()
+        assert read_response(waiting.makefile("rb"))[0] in (401, 503)
+    assert "hush" not in caplog.text
+
+
+BAD_ANSWERS = {
+    "empty": KeyServer.send(b""), "garbage": KeyServer.send(b"\xff{"),
+    "list": KeyServer.send(b"[]"), "nothing": KeyServer.send(b"{}"),
+    "no list": KeyServer.send(b'{"keys": 5}'), "no keys": KeyServer.tell(),
+    "bad keys": KeyServer.tell(5, {}, {"kty": []}, {"kty": "RSA", "kid": "one", "n": 5, "e": []}),
+    "deep": KeyServer.send(b"[" * 100_000), "500": KeyServer.send(b"oops\n", 500),
+    "huge": KeyServer.send(b" " * (2 << 20) + b'{"keys": []}'),
+    "endless": lambda handler: [handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n"), *(
+        handler.wfile.write(b" " * 65536) for _ in itertools.repeat(0, 10_000))],
+    "elsewhere": KeyServer.send(b"", 302, Location="/other"),
+    "no HTTP": lambda handler: handler.wfile.write(b"\0\r\n" * 50),
+    "cut": lambda handler: handler.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{"),
+    "wordy": lambda handler: handler.wfile.write(b"HTTP/1.1 500 \x1b[31m" + b"x" * 70_000)}
+
+
+@pytest.mark.parametrize("name", BAD_ANSWERS)
+def test_a_provider_that_answers_nonsense_ends_nothing(provider, monkeypatch, caplog, name):
+    monkeypatch.setattr(philote, "_FETCH_PAUSE", 0)
+    with trusting(provider) as server:
+        provider.answer, count = BAD_ANSWERS[name], provider.count
+        assert enter(server, "another")[0] == 503
+        assert provider.count == count + 1
+        assert enter(server, "one") == (200, "")
+    lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(lines) == 1 and "no keys from http://127.0.0.1" in lines[0]
+    assert lines[0].isprintable() and len(lines[0]) < 400 and "hush" not in lines[0]
+
+
+def test_a_provider_that_is_away_ends_nothing_and_is_asked_again(provider, monkeypatch):
+    monkeypatch.setattr(philote, "_FETCH_PAUSE", 0)
+    monkeypatch.setattr(philote, "_KEYS_TIME", 0)
+    answer, provider.answer = provider.answer, KeyServer.send(b"", 503)
+    with running(secret="", public_keys=provider.url) as server:
+        assert enter(server, "one")[0] == 503
+        provider.answer = answer
+        assert enter(server, "one") == (200, "")
+        provider.die()
+        for _ in range(3):
+            assert enter(server, "one") == (200, "")
+            assert enter(server, "two")[0] == 503
+
+
+def test_a_server_that_stops_lets_nobody_wait_for_the_provider(provider):
+    go_on = provider.hang()
+    with running(secret="", public_keys=provider.url) as server, dial(server) as waiting:
+        waiting.sendall(http_request("GET", "/api/history", token=signed("rsa2048", "RS256", "x")))
+        wait_until(lambda: [c.state for c in server.admission.connections()] == [philote.ANSWERING])
+        server.stop()
+        assert read_response(waiting.makefile("rb"))[0] == 503
+    go_on.set()
+
+
+def test_what_is_secret_is_shown_nowhere(provider, caplog):
+    settings = {"old_secret": "hush" * 10, "public_keys": provider.url}
+    assert "hush" not in repr(philote.Settings(**settings))
+    with running(**settings) as server:
+        wait_until(lambda: "1 keys" in caplog.text or provider.count)
+        _, _, body = call(server, "GET", "/api/info", None, make_token(api=True))
+    assert b"hush" not in body and "hush" not in caplog.text
 
 
 # ----------------------------------------------------------------------------------------- messages
