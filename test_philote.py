@@ -750,6 +750,8 @@ def test_the_old_secret_lets_in_and_the_new_one_signs():
         assert "OLD_SECRET" in fails("serve", status=2, **settings)
     token = run("token", "--read", "a", SECRET=SECRET, OLD_SECRET="before" * 8)[1].strip()
     assert claims_of(token)["read"] == ["a"]
+    with serving(OLD_SECRET="short") as server:
+        wait_until(lambda: server.says("OLD_SECRET has 5 characters"))
 
 
 def test_the_file_is_read_again_and_a_bad_one_changes_nothing(keys_file):
@@ -909,6 +911,9 @@ def test_the_keys_of_a_provider_are_for_what_their_kind_and_id_say(provider, mon
             assert enter(server, kid, kind, algorithm)[0] == 401
         shared = jwt.encode({}, b"secret" * 8, "HS256", {"kid": "shared"})
         assert call(server, "GET", "/api/history", None, shared)[0] == 401
+        count, unsigned = provider.count, without_signature({"alg": "none", "kid": "new"})
+        assert call(server, "GET", "/api/history", None, unsigned)[0] == 401
+        assert provider.count == count
         for reason, make in REASONS_OF_PROVIDER.items():
             for token in make():
                 status, _, body = call(server, "GET", "/api/history", None, token)
@@ -967,7 +972,7 @@ def test_while_one_waits_for_the_provider_nobody_else_does(provider, monkeypatch
         wait_until(lambda: len(server.admission.connections()) == 1)
         monkeypatch.setattr(philote, "_FETCH_TIME", 0.1)
         assert enter(server, "other")[0] == 503  # in time, though the provider hangs
-        assert not select.select([waiting], [], [], 0)[0]
+        assert not select.select([waiting], [], [], 0)[0] and provider.count == count + 1
         go_on.set()
         assert read_response(waiting.makefile("rb"))[0] in (401, 503)
     assert "hush" not in caplog.text
@@ -979,7 +984,8 @@ BAD_ANSWERS = {
     "no list": KeyServer.send(b'{"keys": 5}'), "no keys": KeyServer.tell(),
     "bad keys": KeyServer.tell(5, {}, {"kty": []}, {"kty": "RSA", "kid": "one", "n": 5, "e": []}),
     "deep": KeyServer.send(b"[" * 100_000), "500": KeyServer.send(b"oops\n", 500),
-    "huge": KeyServer.send(b" " * (2 << 20) + b'{"keys": []}'),
+    "huge": KeyServer.send(
+        b" " * (2 << 20) + json.dumps({"keys": [jwk("rsa2048", "one")]}).encode()),
     "endless": lambda handler: [handler.wfile.write(b"HTTP/1.0 200 OK\r\n\r\n"), *(
         handler.wfile.write(b" " * 65536) for _ in itertools.repeat(0, 10_000))],
     "elsewhere": KeyServer.send(b"", 302, Location="/other"),
