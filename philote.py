@@ -781,7 +781,8 @@ def _quoted(text: str) -> str:
 # lets one client that sends empty frames occupy the server. Frames that are broken, and close
 # frames, are left as they came for simple-websocket, which judges and answers them.
 
-EXPIRED = 4401  # our own close code (section 7.4.2): the token expired
+# Our own close codes (section 7.4.2): the token expired; an operator ended the connection.
+EXPIRED, ENDED = 4401, 4403
 _XOR = [bytes(a ^ b for a in range(256)) for b in range(256)]
 
 
@@ -1125,16 +1126,17 @@ class Connection:
     """An accepted socket. Its own thread reads from it; all writing and its closing are here."""
 
     __slots__ = (
-        "number", "server", "transport", "address", "lock", "state", "handler", "pending", "unsent",
-        "size", "sent", "full", "written", "overflowed", "patience", "cut_at", "forgotten", "busy",
-        "last_received", "rate", "credit", "received", "published", "bytes_received", "bad_message",
-        "forbidden", "too_many", "__weakref__")
+        "number", "server", "transport", "peer", "address", "lock", "state", "handler", "pending",
+        "unsent", "size", "sent", "full", "written", "overflowed", "patience", "cut_at",
+        "forgotten", "busy", "last_received", "rate", "credit", "received", "published",
+        "bytes_received", "bad_message", "forbidden", "too_many", "__weakref__")
 
     def __init__(self, server: Server, sock: socket.socket, address: str) -> None:
         self.number = next(server.numbers)
         self.server = server
         self.transport = Transport(sock)
-        self.address = address
+        self.peer = address
+        self.address = address  # of the client, whom a proxy may name; see Admission.rename()
         # Guards what follows but where it says otherwise, each write to the socket, and its close.
         self.lock = threading.Lock()
         self.state = READING
@@ -3368,6 +3370,8 @@ class HTTPHandler:
         while True:
             self.buffer = self.buffer.lstrip(b"\r\n")  # RFC 9112, section 2.2
             self.begun = bool(self.buffer)
+            if self.begun:  # a proxy may bring requests of several clients
+                self.server.admission.rename(self.connection, self.connection.peer)
             if self.buffer and not re.match(_TOKEN + b"( |$)", self.buffer):
                 raise HTTPError(400, "this is not HTTP/1.1")
             end = self.buffer.find(b"\r\n\r\n")
@@ -3383,7 +3387,8 @@ class HTTPHandler:
         head, self.buffer = self.buffer[:end], self.buffer[end + 4:]
         self.charge = 10 + len(head) / 100  # until it shows a good token
         request = decode_request(head)
-        request.address = self.connection.address
+        request.address = client_address(request, self.connection.peer)
+        self.server.admission.rename(self.connection, request.address)
         self.unread = request.has_body
         return request
 
@@ -3524,6 +3529,19 @@ def is_loopback(address: str) -> bool:
     return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
 
 
+def client_address(request: Request, peer: str) -> str:
+    """Find out whose request this is: the peer's, or the client's that a local proxy names.
+
+    Only the last address counts. The proxy added that one; what stands before came to it.
+    """
+    if is_loopback(peer) and "x-forwarded-for" in request.headers:
+        last = request.headers["x-forwarded-for"].rpartition(",")[2].strip()
+        with contextlib.suppress(ValueError):
+            ip = ipaddress.ip_address(last.partition("%")[0])
+            return str(getattr(ip, "ipv4_mapped", None) or ip)
+    return peer
+
+
 def is_local_name(host: str) -> bool:
     """Whether a host with or without a port, as in a Host header, names this machine itself."""
     name = re.sub(r":[0-9]*$", "", host.lower()).removesuffix(".")
@@ -3569,8 +3587,11 @@ def check_local(request: Request) -> None:
     """Refuse what may come from elsewhere, while anybody can make a token.
 
     A page of another site runs in a browser on this machine: it shows itself by its Origin, or, if
-    it made its own name point here (DNS rebinding), by the Host that it asks for.
+    it made its own name point here (DNS rebinding), by the Host that it asks for. A proxy on this
+    machine brings whoever asks it.
     """
+    if any(name in request.headers for name in ("x-forwarded-for", "forwarded", "via")):
+        raise HTTPError(403, "SECRET is not set, so nobody is let in through a proxy", "protected")
     host, origin = request.headers.get("host", "localhost"), request.headers.get("origin")
     if not is_loopback(request.address) or not is_local_name(host):
         raise HTTPError(403, "SECRET is not set, so only clients on the server's own machine that "
@@ -3655,6 +3676,18 @@ def publish(handler: HTTPHandler, request: Request) -> Response:
     answers = handler.publish(request, messages)
     handler.charge = 0
     return respond_json(answers[0] if single else answers)
+
+
+def end_connections(handler: HTTPHandler, request: Request) -> Response:
+    """DELETE /api/connections: end those of a user, or the one that has a message's issuer."""
+    given = {name: values for name, values in request.query.items() if name != "auth"}
+    if len(given) != 1 or not all(len(values) == 1 and values[0] for values in given.values()):
+        raise HTTPError(400, "name one user, or one issuer")
+    ((name, (value,)),) = given.items()
+    count = handler.server.end_connections(**{name: value})
+    handler.connection.log(logging.INFO, "ended %d connections of the %s %s", count, name,
+                           _shown(value))
+    return respond_json({"ended": count})
 
 
 def tell_health(handler: HTTPHandler, request: Request) -> Response:
@@ -3758,6 +3791,7 @@ ENDPOINTS: dict[str, dict[str, Endpoint]] = {
     "/api/publish": {"POST": Endpoint(publish, "token")},
     "/api/events": {"GET": Endpoint(follow_events, "token", ("channel", "since", "last"))},
     "/api/history": {"GET": Endpoint(tell_history, "token", ("channel", "since", "last"))},
+    "/api/connections": {"DELETE": Endpoint(end_connections, "api", ("user", "issuer"))},
     "/api/info": {"GET": Endpoint(tell_info, "api")},
     "/metrics": {"GET": Endpoint(tell_metrics, "api")},
     "/health": {"GET": Endpoint(tell_health)},
@@ -3794,6 +3828,15 @@ class Admission:
             mates = self.pending.get(connection.address, {})
             if connection in mates:
                 mates[connection] = mates.pop(connection)
+
+    def rename(self, connection: Connection, address: str) -> None:
+        """Count a pending connection for another address."""
+        if address != connection.address:
+            with self.lock:
+                known = self._remove_pending(connection)
+                connection.address = address
+                if known:
+                    self._add_pending(connection)
 
     def subscribe(self, connection: Connection) -> None:
         """Count a connection as a subscriber's. Raises HTTPError if there is no room."""
@@ -4183,6 +4226,16 @@ class Server(socketserver.ThreadingTCPServer):
             log.info("%s: refused with %d: %s (said once a minute)", address, error.status, error)
 
     # The end
+
+    def end_connections(self, user: str = "", issuer: str = "") -> int:
+        """End the connections of a user or an issuer with close 4403; returns how many."""
+        ended = 0
+        for connection in self.admission.connections():
+            handler = connection.handler
+            if connection.state is SUBSCRIBED and isinstance(handler, Subscriber):
+                if user and handler.key.user == user or issuer and handler.id == issuer:
+                    ended += handler.end(ENDED, "ended by an operator")
+        return ended
 
     def stop(self, timeout: float | None = None) -> None:
         """Stop serving: no newcomers, queued messages are written, everybody gets close 1001.
@@ -4638,7 +4691,7 @@ class Client:
         pause, least = _FIRST_PAUSE, _FIRST_PAUSE if self._unanswered() else 0
         code = getattr(error, "code", 0)
         going_on = self._reconnect and code not in _FINAL and (
-            code != EXPIRED or callable(self._token))
+            code not in (EXPIRED, ENDED) or callable(self._token))
         while going_on and not self._closing:
             wait = max(random.uniform(0, pause), least)
             self.on_disconnect(error, wait)
@@ -5584,7 +5637,8 @@ export class Philote extends EventTarget {
       this.#receive(JSON.parse(event.data));
     };
     socket.onclose = event => {
-      if (socket === this.#socket) this.#end(event.code, event.reason);
+      const forGood = event.code === 4403 && typeof this.#token !== "function"; // we were ended
+      if (socket === this.#socket) this.#end(event.code, event.reason, forGood);
     };
   }
 

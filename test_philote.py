@@ -2387,6 +2387,42 @@ def test_head_is_answered_as_get_without_a_body(server, path, token, expected):
     assert path == "/metrics" or re.search(rb"Content-Length: .*", head)[0] in get
 
 
+def end(server, query, token=make_token(api=True)):
+    """End connections: the status and what is answered."""
+    status, _, body = call(server, "DELETE", "/api/connections" + query, None, token)
+    return status, json.loads(body)
+
+
+def test_connections_are_ended_by_their_user_or_issuer(server, undisturbed, caplog):
+    with RawClient(server, ["a"], ["a"], sub="ann \u00e9", query="?since=now") as ann, \
+            Follower(server, ["a"], sub="ann \u00e9") as follower, \
+            RawClient(server, ["a"], ["a"], sub="bob") as bob:
+        issuer = ann.receive()["connected"]["issuer"]
+        wait_until(lambda: channel_count(server) == 2)
+        assert end(server, "?user=an") == (200, {"ended": 0})
+        bob.publish("a", "last words")
+        ann.receive()
+        assert end(server, "?user=ann%20%C3%A9") == (200, {"ended": 2})
+        assert ann.read_frame() == (8, struct.pack("!H", 4403) + b"ended by an operator")
+        assert b"last words" in follower.file.read()
+        assert end(server, "?issuer=" + issuer) == (200, {"ended": 0}) and bob.is_quiet()
+        with RawClient(server, ["a"], query="?last=0") as other:
+            issuer = other.receive()["connected"]["issuer"]
+            assert end(server, "?issuer=" + issuer) == (200, {"ended": 1})
+            assert other.read_close() == 4403
+        assert bob.is_quiet()
+    assert "ended 2 connections of the user" in caplog.text
+
+
+@pytest.mark.parametrize("query, token, status", [
+    ("", make_token(api=True), 400), ("?user=", make_token(api=True), 400),
+    ("?user=a&issuer=b", make_token(api=True), 400), ("?user=a&user=b", make_token(api=True), 400),
+    ("?issuer=a&x=1", make_token(api=True), 400), ("?user=a", make_token(["a"]), 403),
+    ("?user=a", "", 401)])
+def test_only_who_may_ends_connections_and_names_whose(server, reader, query, token, status):
+    assert end(server, query, token)[0] == status and reader.is_quiet()
+
+
 def test_head_of_events_is_not_a_connection(server, undisturbed):
     answer = answer_to(server, http_request("HEAD", "/api/events", token=GOOD))
     head, _, rest = answer.partition(b"\r\n\r\n")
@@ -2997,6 +3033,61 @@ def test_without_a_secret_no_page_of_another_site_is_let_in(host, origin, expect
     with running(secret="") as server:
         request = upgrade_request("/?auth=" + philote.new_token("", ["a"]), headers)
         assert status_of(server, request) == expected
+
+
+@pytest.mark.parametrize("headers", [
+    {"X-Forwarded-For": "127.0.0.1"}, {"X-Forwarded-For": ""}, {"Forwarded": "for=127.0.0.1"},
+    {"Via": "1.1 proxy"}], ids=str)
+def test_without_a_secret_nobody_is_let_in_through_a_proxy(server, headers):
+    token = philote.new_token("", ["a"])
+    assert status_of(server, upgrade_request("/?auth=" + GOOD, headers)) == 101
+    with running(secret="") as open_server:
+        assert status_of(open_server, upgrade_request("/?auth=" + token, headers)) == 403
+        assert status_of(open_server, upgrade_request("/?auth=" + token)) == 101
+
+
+@pytest.mark.parametrize("header, peer, expected", [
+    ("10.0.0.9", "127.0.0.1", "10.0.0.9"), ("10.0.0.9", "::1", "10.0.0.9"),
+    ("10.0.0.8, 10.0.0.9", "127.0.0.1", "10.0.0.9"), ("::ffff:10.0.0.9", "127.0.0.1", "10.0.0.9"),
+    ("2001:DB8::0:1%eth0", "127.0.0.1", "2001:db8::1"), ("10.0.0.9", "10.0.0.1", "10.0.0.1"),
+    *[(bad, "127.0.0.1", "127.0.0.1") for bad in (
+        "", "unknown", "10.0.0.9, x", "10.0.0.9,", "10.0.0.9 \x1b[31m", "1" * 5000)]])
+def test_only_a_local_proxy_names_the_client_and_only_by_the_last_address(header, peer, expected):
+    request = philote.Request("GET", "/", {}, {"x-forwarded-for": header}, "1.1")
+    assert philote.client_address(request, peer) == expected
+
+
+def test_the_log_shows_the_client_that_a_proxy_names_for_each_request(server, caplog):
+    caplog.set_level(logging.INFO, "philote")
+    with dial(server) as sock, sock.makefile("rb") as file:
+        for address in ("10.0.0.8", "10.0.0.9"):
+            sock.sendall(http_request("GET", "/api/info", headers={"X-Forwarded-For": address}))
+            assert read_response(file)[0] == 401
+            assert f"{address}: refused with 401" in caplog.text
+        sock.sendall(b"GARBAGE\r\n\r\n")
+        assert read_response(file)[0] == 400 and "127.0.0.1: refused with 400" in caplog.text
+    request = upgrade_request("/?auth=" + GOOD, {"X-Forwarded-For": "10.0.0.7, 10.0.0.8"})
+    assert status_of(server, request) == 101
+    wait_until(lambda: len(re.findall("10.0.0.8: .* (?:dis)?connected", caplog.text)) == 2)
+    wait_until(lambda: is_empty(server))
+    assert not server.admission.pending
+
+
+def test_the_client_with_the_most_pending_connections_has_to_make_room_behind_a_proxy():
+    def asked(address):
+        sock = stack.enter_context(dial(server))
+        sock.sendall(http_request("GET", "/health", headers={"X-Forwarded-For": address}))
+        with sock.makefile("rb") as file:
+            assert read_response(file)[0] == 200
+        return sock
+
+    with running(max_connections=1) as server, contextlib.ExitStack() as stack:
+        first = asked("10.0.0.1")
+        for _ in range(100):
+            asked("10.0.0.2")
+        first.sendall(http_request("GET", "/health"))
+        with first.makefile("rb") as file:
+            assert read_response(file)[0] == 200
 
 
 @pytest.mark.parametrize("method, path, body, named", [
@@ -5055,6 +5146,21 @@ def test_a_token_may_be_made_for_each_connection(server, proxy):
         assert client.receive(PATIENCE).data == 0
 
 
+def test_who_was_ended_comes_back_with_another_token_only(server, quick):
+    def end_ann():
+        wait_until(lambda: subscriber_count(server) == 1)
+        assert end(server, "?user=ann") == (200, {"ended": 1})
+
+    token = make_token(["a"], sub="ann")
+    with philote.Client(url_of(server), token) as client:
+        end_ann()
+        assert close_code(client.receive, PATIENCE) == 4403
+    tokens = [make_token(["a"], sub="bob"), token]
+    with philote.Client(url_of(server), tokens.pop):
+        end_ann()
+        wait_until(lambda: not tokens and subscriber_count(server) == 1)
+
+
 def test_subscriptions_change_at_run_time_and_survive_a_cut(server, proxy):
     names = [f"0{i:03}" * 15 for i in range(200)]  # more than fit in an address
     with philote.Client(proxy.url, make_token(["a", "b", "c.*", *names[:1], "0*"]),
@@ -6126,6 +6232,14 @@ def test_a_token_is_asked_for_again_when_it_expires(server, tab):
     assert tab.evaluate("codes") == [4401, 1006] and tab.evaluate("tokens.length") == 0
     publish(server, {"channel": "a", "data": "x"})
     wait_for_data(tab, ["x"])
+
+
+def test_a_page_that_was_ended_does_not_come_back_with_the_same_token(server, tab):
+    start(tab, url_of(server), "a", token=make_token(["a"], ["a"], sub="ann"))
+    wait_until(lambda: subscriber_count(server) == 1)
+    assert end(server, "?user=ann") == (200, {"ended": 1})
+    tab.wait_for_function("philote.state === 'closed'")
+    assert [event["code"] for event in seen(tab, "closed")] == [4403]
 
 
 class Pages(http.server.BaseHTTPRequestHandler):
