@@ -6,7 +6,7 @@
 """Philote: a WebSocket publish/subscribe server in one file.
 
     python philote.py            # serves ws://localhost:6380
-    python philote.py --help     # the other commands: token, subscribe, history, publish
+    python philote.py --help     # the other commands: token, subscribe, publish and more
 
 A client connects with a JSON Web Token that lists the channels it may read and write. What one
 connection writes to a channel, every other connection that may read it receives:
@@ -495,6 +495,7 @@ class Provider(jwt.PyJWKClient):
     def __init__(self, url: str) -> None:
         super().__init__(url, lifespan=math.inf, timeout=_FETCH_TIME)
         self.name = url.partition("?")[0]
+        self.problem = ""  # why the last fetch brought no keys
         self.lock = threading.Lock()  # guards the next three
         self.under_way: threading.Event | None = None  # a fetch, set at its end
         self.due = -math.inf  # when the next may begin; these are points of the monotonic clock
@@ -550,11 +551,12 @@ class Provider(jwt.PyJWKClient):
         fetched = -math.inf
         try:
             count = len(self.get_jwk_set(refresh=True).keys)
-            fetched = begun
+            fetched, self.problem = begun, ""
             log.info("PUBLIC_KEYS: %d keys from %s", count, self.name)
         except Exception as error:
-            log.warning("PUBLIC_KEYS: no keys from %s, those of before stay valid: %s", self.name,
-                        _on_one_line(str(error) or type(error).__name__))
+            self.problem = _on_one_line(str(error)[:200]) or type(error).__name__
+            log.warning("PUBLIC_KEYS: no keys from %s, those of before stay valid: %s",
+                        self.name, self.problem)
         finally:
             with self.lock:
                 self.fetched = max(self.fetched, fetched)
@@ -5027,7 +5029,8 @@ class _ClientSocket:
 
 
 # ------------------------------------------------------------------------------------- command line
-# philote [serve], philote token, philote subscribe, philote publish.
+# philote [serve], philote check, philote health, philote token, philote subscribe, philote history,
+# philote publish.
 
 _EXAMPLES = {
     "": "example, in two terminals:\n  philote serve\n  philote subscribe news\n"
@@ -5036,6 +5039,8 @@ _EXAMPLES = {
              "settings, from the environment:\n" + "\n".join(
                  f"  {field.name.upper():18}{field.metadata['allowed']}\n{'':20}"
                  f"{field.metadata['meaning']}" for field in dataclasses.fields(Settings)),
+    "check": "example:\n  PORT=8080 PUBLIC_KEYS=/etc/philote/keys.pem philote check",
+    "health": "example:\n  philote health --url wss://example.com",
     "token": "example:\n"
              "  SECRET=... philote token --read 'news,chat.*' --write chat.de --expires 1h",
     "subscribe": "example:\n  philote subscribe news 'chat.*' --since 10m --json",
@@ -5091,6 +5096,12 @@ def _make_parser() -> argparse.ArgumentParser:
         return added
 
     add("serve", _serve, "serve; what philote does without a command")
+    add("check", _check, "say what serve would do with these settings, and whether it could")
+    health = add("health", _health, "ask a server whether it serves")
+    health.add_argument(
+        "--url", type=_parse_url,
+        default=os.environ.get("PHILOTE_URL", f"ws://localhost:{os.environ.get('PORT', 6380)}"),
+        help="server (default: PHILOTE_URL, or ws://localhost with PORT, or 6380)")
     option = add("token", _token, "print a token signed with SECRET, or check one").add_argument
     for right in "read", "write":
         option(f"--{right}", type=_parse_names, default=[], metavar="A,B",
@@ -5181,15 +5192,14 @@ def _serve(_: argparse.Namespace) -> int:
     # JSON nested deeply needs it; memory that is not touched costs nothing.
     threading.stack_size(2 << 20)
     _raise_descriptor_limit(settings)
+    _check_host(settings)
     try:
         server = Server(settings, is_over=lambda: bool(signal.sigpending() & (
             signals - {signal.SIGHUP})))
     except _Stopped:
         handler.finish(1)
         return 0
-    except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
-        if isinstance(error, (socket.gaierror, UnicodeError)):
-            raise SettingsError(_not_allowed("HOST", settings.host, _HOST[1])) from None
+    except OSError as error:
         _tell(f"cannot listen on {settings.host or 'all interfaces'}, port {settings.port}: "
               f"{error.strerror or error}")
         return 1
@@ -5223,20 +5233,23 @@ def _configure_log(settings: Settings) -> BackgroundHandler:
 
 def _greet(server: Server) -> None:
     settings, (address, port, *_) = server.settings, server.server_address
-    origins = settings.check_origin
     log.info("philote %s on Python %s listens on %s port %d: "
              "MAX_CONNECTIONS=%d CHECK_ORIGIN=%s SECRET %s PUBLIC_KEYS %s LOGLEVEL=%s",
              __version__, platform.python_version(), address, port, settings.max_connections,
-             ",".join(origins) if isinstance(origins, tuple) else str(origins).lower(),
+             _as_text(settings.check_origin),
              "set" if settings.secret else "empty", "set" if settings.public_keys else "empty",
              settings.loglevel)
+    for warning in _find_warnings(settings):
+        log.warning(warning)
+
+
+def _find_warnings(settings: Settings) -> Iterator[str]:
     if settings.protected:
-        log.warning(
-            "SECRET is empty: anybody can make a token, so only clients on this machine are let in")
+        yield ("SECRET is empty: anybody can make a token, so only clients on this machine are "
+               "let in")
     for name, secret in ("SECRET", settings.secret), ("OLD_SECRET", settings.old_secret):
         if 0 < len(secret) < 32:
-            log.warning("%s has %d characters; one of 32 or more cannot be guessed",
-                        name, len(secret))
+            yield f"{name} has {len(secret)} characters; one of 32 or more cannot be guessed"
 
 
 def _raise_descriptor_limit(settings: Settings) -> None:
@@ -5250,6 +5263,71 @@ def _raise_descriptor_limit(settings: Settings) -> None:
             log.warning(
                 "MAX_CONNECTIONS=%d needs %d descriptors, and the system allows %d (ulimit -n)",
                 settings.max_connections, needed, hard)
+
+
+# philote check, philote health
+
+def _check(_: argparse.Namespace) -> int:
+    log.addHandler(logging.NullHandler())  # what is wrong is said below
+    settings = Settings.from_environ(os.environ)
+    _check_host(settings)
+    try:
+        keys = Keyring(settings)
+    except ImportError as error:
+        raise SettingsError(f"PUBLIC_KEYS: {error}") from None
+    if keys.provider and (under_way := keys.provider.fetch(time.monotonic())):
+        under_way.wait(2 * _FETCH_TIME)
+        if not keys.provider.jwk_set_cache or not keys.provider.jwk_set_cache.get():
+            raise SettingsError(f"PUBLIC_KEYS: no keys from {keys.provider.name}: "
+                                f"{keys.provider.problem or 'it does not answer in time'}")
+    _print(f"listens on {settings.host or 'all interfaces'}, port {settings.port or 'any'}")
+    signers = [name for name, value in (
+        ("SECRET", settings.secret), ("OLD_SECRET", settings.old_secret),
+        ("PUBLIC_KEYS", settings.public_keys)) if value]
+    _print("lets in " + (f"tokens signed with {' or '.join(signers)}" if signers else
+                         "clients on this machine, with any token"))
+    for field in dataclasses.fields(settings):
+        value = getattr(settings, field.name)
+        if field.repr and value != field.default and field.name not in ("host", "port"):
+            _print(_on_one_line(f"{field.name.upper()}={_as_text(value)}"))
+    for warning in _find_warnings(settings):
+        _tell(warning)
+    return 0
+
+
+def _as_text(value: Any) -> str:
+    if isinstance(value, tuple):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _check_host(settings: Settings) -> None:
+    try:
+        _resolve(settings.host, settings.port)
+    except (socket.gaierror, UnicodeError):  # the latter for a name that no host can have
+        raise SettingsError(_not_allowed("HOST", settings.host, _HOST[1])) from None
+
+
+def _health(arguments: argparse.Namespace) -> int:
+    connection = _open_http(arguments)
+    try:
+        connection.request("GET", "/health")
+        response = connection.getresponse()
+        status = json.loads(response.read(1024))["status"]
+    except OSError:  # of which some are a ValueError, too
+        raise
+    except (http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError):
+        raise PhiloteError(f"{_without_token(arguments.url)} is no Philote server") from None
+    if response.status != 200:
+        raise PhiloteError(f"{_without_token(arguments.url)}: {status} (HTTP {response.status})")
+    _print(f"{_without_token(arguments.url)}: {_on_one_line(str(status))}")
+    return 0
+
+
+def _open_http(arguments: argparse.Namespace) -> http.client.HTTPConnection:
+    url = split_url(arguments.url)
+    kind = http.client.HTTPSConnection if url.scheme == "wss" else http.client.HTTPConnection
+    return kind(str(url.hostname), url.port, timeout=_ANSWER_TIME)
 
 
 # philote token
@@ -5372,9 +5450,7 @@ def _subscribe(arguments: argparse.Namespace) -> int:
 
 def _history(arguments: argparse.Namespace) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
-    url = split_url(arguments.url)
-    kind = http.client.HTTPSConnection if url.scheme == "wss" else http.client.HTTPConnection
-    connection = kind(str(url.hostname), url.port, timeout=_ANSWER_TIME)
+    connection = _open_http(arguments)
     asked = [*(("channel", name) for name in arguments.channels),
              *(("since", value) for value in [arguments.since] if value),
              *(("last", str(value)) for value in [arguments.last] if value is not None)]
@@ -5387,6 +5463,8 @@ def _history(arguments: argparse.Namespace) -> int:
             if response.status != 200:
                 raise _explain(Unauthorized(response.status, str(value["reason"])), arguments)
             messages, position, complete = value["messages"], value["id"], value["complete"]
+        except OSError:
+            raise
         except (http.client.HTTPException, ValueError, LookupError, TypeError):
             raise PhiloteError("this is no Philote server that keeps messages") from None
         if not complete:

@@ -3066,8 +3066,9 @@ def test_the_log_shows_the_client_that_a_proxy_names_for_each_request(server, ca
             assert f"{address}: refused with 401" in caplog.text
         sock.sendall(b"GARBAGE\r\n\r\n")
         assert read_response(file)[0] == 400 and "127.0.0.1: refused with 400" in caplog.text
-    request = upgrade_request("/?auth=" + GOOD, {"X-Forwarded-For": "10.0.0.7, 10.0.0.8"})
-    assert status_of(server, request) == 101
+    with dial(server) as sock, sock.makefile("rb") as file:
+        sock.sendall(upgrade_request("/?auth=" + GOOD, {"X-Forwarded-For": "10.0.0.7, 10.0.0.8"}))
+        assert read_response(file)[0] == 101 and subscriber_count(server) == 1
     wait_until(lambda: len(re.findall("10.0.0.8: .* (?:dis)?connected", caplog.text)) == 2)
     wait_until(lambda: is_empty(server))
     assert not server.admission.pending
@@ -5410,7 +5411,8 @@ PUBLIC_KEY = "-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----"
 # Every command
 
 @pytest.mark.parametrize("words, listed", [
-    ([], ["serve", "token", "subscribe", "publish"]), (["token"], []), (["subscribe"], []),
+    ([], ["serve", "check", "health", "token", "subscribe", "publish"]), (["token"], []),
+    (["check"], []), (["health"], []), (["subscribe"], []),
     (["publish"], []), (["serve"], [*map(str.upper, vars(philote.Settings()))])], ids=short)
 def test_the_help_shows_an_example_and_lists_what_there_is(words, listed):
     status, out, err = run(*words, "--help", PHILOTE_TOKEN="hush", SECRET="hush")
@@ -5583,6 +5585,62 @@ def test_a_server_without_memory_ends_by_itself_or_when_it_is_told():
                 pass
             server.send_signal(signal.SIGTERM)
             server.wait(20)
+
+
+# philote check, philote health
+
+def test_check_says_what_the_server_would_do(provider, keys_file):
+    settings = {"SECRET": SECRET, "OLD_SECRET": "hush", "PUBLIC_KEYS": keys_file, "PORT": "81",
+                "MAX_CONNECTIONS": "7", "CHECK_ORIGIN": "https://a.example,https://b.example"}
+    status, out, err = run("check", **settings)
+    assert (status, err) == (0, "philote: OLD_SECRET has 4 characters; one of 32 or more cannot "
+                                "be guessed\n")
+    assert out == ("listens on all interfaces, port 81\n"
+                   "lets in tokens signed with SECRET or OLD_SECRET or PUBLIC_KEYS\n"
+                   "MAX_CONNECTIONS=7\nCHECK_ORIGIN=https://a.example,https://b.example\n")
+    assert run("check", PUBLIC_KEYS=provider.url, HOST="::1")[:2] == (
+        0, "listens on ::1, port 6380\nlets in tokens signed with PUBLIC_KEYS\n")
+    status, out, err = run("check")
+    assert status == 0 and "clients on this machine" in out and "SECRET is empty" in err
+    provider.answer = KeyServer.send(b"", 500)
+    assert "hush" not in fails("check", status=2, says="HTTP Error 500", PUBLIC_KEYS=provider.url)
+
+
+@pytest.mark.parametrize("environ", [
+    {"PUBLIC_KEYS": "/no/such/file"}, {"HOST": "256.0.0.0.1"}, {"PORT": "x"},
+    {"SECRET": PUBLIC_KEY}, {"OLD_SECRET": "x"}, {"PUBLIC_KEYS": "http://127.0.0.1:1/"}], ids=str)
+def test_check_ends_with_2_and_a_line_where_serve_would_not_work(environ):
+    fails("check", status=2, says=next(iter(environ)), **environ)
+
+
+def test_check_says_what_is_to_be_installed(tmp_path, keys_file):
+    (tmp_path / "cryptography.py").write_text("raise ModuleNotFoundError('none')")
+    fails("check", status=2, says="pip install 'philote[keys]'", PYTHONPATH=str(tmp_path),
+          PUBLIC_KEYS=keys_file)
+
+
+def test_health_says_whether_a_server_serves(server, certificate):
+    url = url_of(server)
+    assert run("health", "--url", url) == (0, f"{url}: ok\n", "")
+    assert run("health", PORT=str(port_of(server))) == (
+        0, f"ws://localhost:{port_of(server)}: ok\n", "")
+    with behind_tls(server, certificate) as secure:
+        assert run("health", PHILOTE_URL=secure, SSL_CERT_FILE=certificate)[0] == 0
+        for words in ("health",), ("history", "a"):
+            fails(*words, PHILOTE_URL=secure, says="certificate")
+    server.stop()
+    fails("health", "--url", url, says="refused")
+
+
+@pytest.mark.parametrize("answer, says", [
+    (KeyServer.send(b'{"status": "stopping"}', 503), "stopping (HTTP 503)"),
+    (KeyServer.send(b'{"status": "ok"}', 500), "500"), (KeyServer.send(b"{}"), "is no Philote"),
+    (KeyServer.send(b"[" * 3000), "is no Philote"), (KeyServer.send(b"hello"), "is no Philote"),
+    (lambda handler: handler.wfile.write(b"\0\r\n\r\n"), "is no Philote")], ids=range(6))
+def test_health_is_one_line_and_1_whatever_answers(provider, answer, says):
+    provider.answer = answer
+    url = f"ws://127.0.0.1:{provider.server.server_port}"
+    fails("health", "--url", url, says=says)
 
 
 # philote token
