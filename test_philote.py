@@ -5587,6 +5587,22 @@ def test_a_server_without_memory_ends_by_itself_or_when_it_is_told():
             server.wait(20)
 
 
+def test_a_signal_ends_the_first_process_of_a_container():
+    try:
+        subprocess.run(["unshare", "-pf", "true"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        pytest.skip("only root may make a namespace of processes, with unshare")
+    launcher = ("unshare", "-pf", "--kill-child", *SCRIPT)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        with serving(launcher=launcher) as server, RawClient(server, ["a"]) as reader:
+            first = Path(f"/proc/{server.pid}/task/{server.pid}/children").read_text().strip()
+            assert re.search(r"(?m)^NSpid:.*\t1$", Path(f"/proc/{first}/status").read_text())
+            os.kill(int(first), number)
+            assert reader.read_close() == 1001
+            reader.close()
+            assert server.end()[0] == 0
+
+
 # philote check, philote health
 
 def test_check_says_what_the_server_would_do(provider, keys_file):
@@ -6049,6 +6065,58 @@ def test_each_form_serves_subscribes_and_publishes(forms, name):
 def test_the_zipapp_hands_on_the_exit_status(forms, words, environ, status):
     done = run(*words, **forms["zipapp"], **environ)
     assert done[0] == status and is_one_line(done[1] + done[2])
+
+
+# ------------------------------------------------------------------------------ behind a real proxy
+
+@contextlib.contextmanager
+def behind_nginx(server, certificate, path):
+    """Run nginx with the README's configuration, its places replaced; gives its port."""
+    need(shutil.which("nginx") and not os.geteuid(),
+         "no nginx here, or not root; get it with: apt-get install nginx-light")
+    port = urlsplit(free_url()).port
+    text = re.search("(?s)```nginx\n(.*?)```", (HERE / "README.md").read_text())[1]
+    for old, new in (
+            ("443 ssl", f"127.0.0.1:{port} ssl"), ("/etc/ssl/example.com.pem", certificate),
+            ("/etc/ssl/example.com.key", certificate), ("/var/log/nginx", str(path)),
+            ("127.0.0.1:6380", f"127.0.0.1:{port_of(server)}")):
+        assert text.count(old) == 1 + (old == "/var/log/nginx"), old
+        text = text.replace(old, new)
+    (path / "nginx.conf").write_text(text)
+    words = ["nginx", "-p", str(path), "-c", "nginx.conf", "-e", "start.log", "-g",
+             "daemon off; pid nginx.pid;"]
+    with subprocess.Popen(words) as nginx:
+        wait_until(lambda: can_connect(port) or nginx.poll() is not None)
+        yield port
+        nginx.terminate()
+
+
+def can_connect(port):
+    with socket.socket() as sock:
+        return sock.connect_ex(("127.0.0.1", port)) == 0
+
+
+def test_nginx_as_the_readme_sets_it_up_brings_messages_and_logs_no_token(
+        server, certificate, tmp_path, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "philote")
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    request = upgrade_request("/any?auth=" + GOOD, {"X-Forwarded-For": "10.0.0.9"})
+    with behind_nginx(server, certificate, tmp_path) as port:
+        exchange_messages(f"wss://127.0.0.1:{port}", 300, 2000)
+
+        def answer():
+            sock = socket.create_connection(("127.0.0.1", port), PATIENCE, ("127.0.0.2", 0))
+            with ssl.create_default_context().wrap_socket(
+                    sock, server_hostname="localhost") as sock, sock.makefile("rb") as file:
+                sock.sendall(request)
+                return read_response(file)[0]
+
+        assert answer() == 101 and re.search(r"127\.0\.0\.2: \S+ connected", caplog.text)
+        server.stop()
+        assert answer() == 502
+    logs = [(tmp_path / name).read_text() for name in ("philote.log", "philote.error.log")]
+    assert '127.0.0.2' in logs[0] and '"GET /any" 101' in logs[0] and '"GET /any" 502' in logs[0]
+    assert "eyJ" not in "".join(logs) and "10.0.0.9" not in caplog.text
 
 
 # ------------------------------------------------------------------------------- the browser client
