@@ -1877,6 +1877,7 @@ class Log:
         self.issuers: dict[str, Connection] = {}  # of the subscribers, by id
         self.resumed = self.not_resumed = self.gaps = 0  # replays by how they went
         self.delivered = 0  # messages queued for subscribers
+        self.end_own: Callable[..., int] = lambda **_: 0  # set by the server
 
     def publish(self, batch: Batch) -> None:
         """Publish messages to a channel, and tell who wants to know."""
@@ -2010,6 +2011,10 @@ class Log:
                 "history_bytes": self.history.size, "history_oldest": oldest,
                 "resumed": self.resumed, "not_resumed": self.not_resumed, "gaps": self.gaps,
                 "delivered": self.delivered}
+
+    def end_connections(self, whom: Mapping[str, str]) -> tuple[int, bool]:
+        """End connections of all servers; returns how many, and whether all have answered."""
+        return self.end_own(**whom), True
 
     # What a log elsewhere does more, see RedisLog
 
@@ -2193,9 +2198,12 @@ class Batch:
 #
 #     philote 1 server ID number N channel NAME issuer ID user JSON message JSON message JSON ...
 #     philote 1 server ID number N heartbeat JSON
-#     philote 1 server ID number 0 lift ""      see RedisLog._lift()
+#     philote 1 server ID number N end JSON         see RedisLog.end_connections()
+#     philote 1 server ID number N ended JSON
+#     philote 1 server ID number 0 lift ""          see RedisLog._lift()
 
 _FORMAT = [b"philote", b"1"]
+_KINDS = b"channel", b"heartbeat", b"end", b"ended", b"lift"
 _INDEX_BITS = 16  # more messages than a batch ever has
 _HEARTBEAT_TIME = 2  # seconds between heartbeats
 _GONE_TIME = 10  # seconds without one, after which a server is taken to be gone
@@ -2351,6 +2359,8 @@ class RedisLog(Log):
         # By server: its next number, and when it was heard of; what it said of itself, and when.
         self.expected: dict[bytes, tuple[int, float]] = {self.id: (1, math.inf)}
         self.servers: dict[bytes, tuple[dict[str, Any], float]] = {}
+        # What others answered, by whom and to what; a dictionary is removed by who asked.
+        self.asked: dict[str, dict[str, int]] = {}
         self.read_count = self.skipped = self.repeated = self.losses = 0
         self.threads = [
             threading.Thread(target=self._keep, args=(work,), name=f"philote-{name}", daemon=True)
@@ -2376,6 +2386,21 @@ class RedisLog(Log):
         log.info("the log is in Redis at %s, stream %s; this server's id is %s",
                  self.address, self.key, self.id.decode())
 
+    def check(self) -> None:
+        """Try whether Redis lets us in. Raises PhiloteError."""
+        connection = self.pool.make_connection()
+        try:
+            connection.connect()
+            self._look_at_server(connection)
+            self._execute(connection, ("XLEN", self.key))
+        except (self.redis.RedisError, OSError) as error:
+            self._fail(error)
+            raise self.fatal or PhiloteError(self.failure) from None
+        finally:
+            connection.disconnect()
+        if self.fatal:
+            raise self.fatal
+
     def publish(self, batch: Batch) -> None:
         """Let messages be appended; who wants to know is told when they have come back."""
         fields = [*_FORMAT, b"server", self.id, b"number", b"", b"channel",
@@ -2384,6 +2409,18 @@ class RedisLog(Log):
         for payload in batch.payloads:
             fields += b"message", payload
         self.outbox.put(Outgoing(fields, batch.tells, batch.connection))
+
+    def end_connections(self, whom: Mapping[str, str]) -> tuple[int, bool]:
+        """End connections of all servers, our own at once; the others are asked through the log."""
+        count, ask, answers = self.end_own(**whom), uuid.uuid4().hex, dict[str, int]()
+        missing = {about["id"] for about in self._living()}
+        self.asked[ask] = answers
+        self.outbox.put(self._make_entry(b"end", {"ask": ask, "whom": whom}))
+        end = time.monotonic() + _UNAVAILABLE_TIME
+        while missing - answers.keys() and time.monotonic() < end:
+            time.sleep(0.01)
+        del self.asked[ask]
+        return count + sum(answers.values()), not missing - answers.keys()
 
     def wait_for_room(self, connection: Connection, seconds: float = math.inf) -> bool:
         """Wait while too much has not come back; returns whether there is room."""
@@ -2567,8 +2604,11 @@ class RedisLog(Log):
         about = {
             "id": self.id.decode(), "host": platform.node(), "version": __version__,
             "connections": connections, "since": self.began, "floor": floor, "gone": gone}
-        return Outgoing([*_FORMAT, b"server", self.id, b"number", b"", b"heartbeat",
-                         json.dumps(about).encode()])
+        return self._make_entry(b"heartbeat", about)
+
+    def _make_entry(self, kind: bytes, value: Any) -> Outgoing:
+        return Outgoing([*_FORMAT, b"server", self.id, b"number", b"", kind,
+                         json.dumps(value).encode()])
 
     def _find_floor(self) -> str:
         # The stream is cut by who keeps most of it.
@@ -2625,7 +2665,7 @@ class RedisLog(Log):
             size += sum(map(len, fields))
             try:
                 self._receive_entry(first, fields, touched)
-            except (ValueError, IndexError):
+            except (ValueError, LookupError, TypeError):
                 self.skipped += 1
                 if self.skipped == 1:
                     log.warning("Redis: the stream %s has entries that no Philote of this version "
@@ -2639,7 +2679,7 @@ class RedisLog(Log):
     def _receive_entry(self, first: int, fields: list[bytes],
                        touched: dict[Connection, Any]) -> None:
         server, number, kind, value = fields[3], int(fields[5]), fields[6], fields[7]
-        if fields[:2] != _FORMAT or kind not in (b"channel", b"heartbeat", b"lift"):
+        if fields[:2] != _FORMAT or kind not in _KINDS:
             raise ValueError
         if kind == b"lift":
             self.tell_gap(first - 1)
@@ -2653,7 +2693,7 @@ class RedisLog(Log):
                 value.decode("utf-8", "surrogatepass"), fields[13::2], fields[9].decode(),
                 fields[11], touched, first)
         else:
-            self._receive_heartbeat(server, json.loads(value))
+            self._receive_notice(server, kind, json.loads(value))
             with self.lock:
                 self.position = first
         if server == self.id and (entry := self.outbox.take_back(number)):
@@ -2674,6 +2714,18 @@ class RedisLog(Log):
             self.tell_gap(first - 1)
         self.expected[server] = number + 1, time.monotonic()
         return True
+
+    def _receive_notice(self, server: bytes, kind: bytes, about: dict[str, Any]) -> None:
+        if kind == b"heartbeat":
+            self._receive_heartbeat(server, about)
+        elif kind == b"ended":
+            self.asked.get(about["ask"], {})[server.decode()] = about["count"]
+        elif self.ready.is_set():  # not what was asked before our time
+            threading.Thread(target=self._end_own, args=(about,), daemon=True).start()
+
+    def _end_own(self, asked: dict[str, Any]) -> None:
+        count = self.end_own(**asked["whom"])
+        self.outbox.put(self._make_entry(b"ended", {"ask": asked["ask"], "count": count}))
 
     def _receive_heartbeat(self, server: bytes, about: dict[str, Any]) -> None:
         now = time.monotonic()
@@ -3686,9 +3738,12 @@ def end_connections(handler: HTTPHandler, request: Request) -> Response:
     if len(given) != 1 or not all(len(values) == 1 and values[0] for values in given.values()):
         raise HTTPError(400, "name one user, or one issuer")
     ((name, (value,)),) = given.items()
-    count = handler.server.end_connections(**{name: value})
+    count, complete = handler.server.log.end_connections({name: value})
     handler.connection.log(logging.INFO, "ended %d connections of the %s %s", count, name,
                            _shown(value))
+    if not complete:
+        raise HTTPError(503, f"{count} were ended; there are servers that have not answered, and "
+                        "do it when they can be reached", "unavailable", _RETRY)
     return respond_json({"ended": count})
 
 
@@ -4067,6 +4122,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None
         self.log = make_log(settings)
+        self.log.end_own = self.end_connections
         self.admission = Admission(settings, self.stopping)
         self.metrics = Metrics(self.admission, self.log)
         self.keys = Keyring(settings)
@@ -5280,12 +5336,16 @@ def _check(_: argparse.Namespace) -> int:
         if not keys.provider.jwk_set_cache or not keys.provider.jwk_set_cache.get():
             raise SettingsError(f"PUBLIC_KEYS: no keys from {keys.provider.name}: "
                                 f"{keys.provider.problem or 'it does not answer in time'}")
+    if settings.redis_url:
+        where = _check_redis(settings)
     _print(f"listens on {settings.host or 'all interfaces'}, port {settings.port or 'any'}")
     signers = [name for name, value in (
         ("SECRET", settings.secret), ("OLD_SECRET", settings.old_secret),
         ("PUBLIC_KEYS", settings.public_keys)) if value]
     _print("lets in " + (f"tokens signed with {' or '.join(signers)}" if signers else
                          "clients on this machine, with any token"))
+    if settings.redis_url:
+        _print(f"shares the log in Redis at {where}, stream {settings.redis_key}")
     for field in dataclasses.fields(settings):
         value = getattr(settings, field.name)
         if field.repr and value != field.default and field.name not in ("host", "port"):
@@ -5293,6 +5353,15 @@ def _check(_: argparse.Namespace) -> int:
     for warning in _find_warnings(settings):
         _tell(warning)
     return 0
+
+
+def _check_redis(settings: Settings) -> str:
+    try:
+        with contextlib.closing(RedisLog(settings)) as store:
+            store.check()
+            return store.address
+    except PhiloteError as error:
+        raise SettingsError(f"REDIS_URL: {error}") from None
 
 
 def _as_text(value: Any) -> str:

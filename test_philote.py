@@ -4186,6 +4186,30 @@ def test_what_redis_counts_stands_in_the_metrics(pair):
         "oldest_unacknowledged_seconds"}
 
 
+def test_connections_are_ended_on_all_servers(pair, store):
+    one, two = pair
+    wait_until(lambda: len(cluster_of(one)["servers"]) == 2)
+    with RawClient(one, ["a"], sub="ann") as near, RawClient(two, ["a"], sub="ann") as far, \
+            RawClient(two, ["a"], sub="bob") as bob:
+        assert end(one, "?user=ann") == (200, {"ended": 2})
+        assert near.read_close() == far.read_close() == 4403
+        assert bob.is_quiet() and not one.log.asked
+        store.kill()
+        status, answer = end(one, "?user=bob")
+        assert (status, answer["error"]) == (503, "unavailable") and "0 were" in answer["reason"]
+        store.start()
+        assert bob.read_close() == 4403  # as soon as it can be reached
+
+
+def test_check_tries_redis(store):
+    port = store.port
+    status, out, said = run("check", REDIS_URL=store.url + "/3")
+    assert (status, said) == (0, "") or "SECRET" in said
+    assert f"shares the log in Redis at 127.0.0.1:{port}, stream philote" in out
+    store.kill()
+    fails("check", status=2, says=f"REDIS_URL: Redis at 127.0.0.1:{port}", REDIS_URL=store.url)
+
+
 def test_redis_with_a_password_a_number_tls_and_a_unix_socket(tmp_path, certificate, hasty):
     port = urlsplit(free_url()).port
     path = tmp_path / "redis.sock"
