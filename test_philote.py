@@ -4158,6 +4158,19 @@ def test_entries_of_others_are_skipped_and_said_once(pair, store, caplog):
     assert caplog.text.count("they are skipped") == 2  # once by each
 
 
+def test_what_the_log_lost_before_it_came_back_is_appended_anew():
+    outbox, entries = philote.Outbox(), [philote.Outgoing([b"x"]) for _ in range(4)]
+    for entry in entries:
+        outbox.put(entry)
+    assert outbox.take(0) == entries and outbox.take_back(1) is entries[0]
+    assert outbox.take_back(4) is entries[3]  # without those before it
+    assert outbox.take(0) == entries[1:3] and [entry.number for entry in entries] == [1, 5, 6, 4]
+    outbox.restore()
+    assert outbox.take(0) == entries[1:3]
+    assert outbox.take_back(3) is None and outbox.take_back(5) is entries[1]
+    assert outbox.take_back(6) is entries[2] and outbox.size == 0 == outbox.age()
+
+
 def test_a_redis_that_evicts_is_told_of_at_the_start(store, caplog):
     store.do("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     with running(redis_url=store.url) as server:
