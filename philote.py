@@ -45,6 +45,7 @@ The locks, in the order in which they may be taken while another is held:
     Log.lock         the order of all messages, their history, who has joined what. No system call
                      is made under it
     Connection.lock  a connection's state, its queue, each write to its socket, and its close
+    TLSTransport.lock  the TLS of a connection; nothing else is taken under it
     Poller.lock      what the poller is to do next
     Metrics.lock, LogLimit.lock  a few counters; nothing else is taken under them
 
@@ -61,9 +62,8 @@ What the server promises, and where each promise is kept:
     nobody waits    A publisher writes to a socket only what that takes at once (Transport.send);
     for another     the rest is the poller's work (Connection.resume).
 
-Left out on purpose: messages that outlive the process, TLS (a proxy does that), compression (it
-would cost each connection some 300 KB and each message its shared frame), clusters of servers,
-Windows.
+Left out on purpose: messages that outlive the process, compression (it would cost each connection
+some 300 KB and each message its shared frame), clusters of servers, Windows.
 
 Behind the Python stand two texts that the server hands to browsers: a client, /philote.js, and the
 console, a page that uses it.
@@ -200,6 +200,7 @@ _SIZE = _number(1, 2**30, "a number of bytes")
 _SECONDS = _number(0, 86400, "a number of seconds", float)
 _SECRET = _parse_secret, "any text that is not a public key, a certificate or a JWK"
 _HOST = str, "an address or name of this machine, or nothing for all"
+_FILE = str, "the path of a file"
 _LEVEL = _parse_level, "one of " + ", ".join(_LEVELS)
 _RATE = _number(0, 10**9, "a number of messages a second (0: no limit)", float)
 _BOOLEAN = _parse_boolean, "true or false"
@@ -219,6 +220,9 @@ class Settings:
                            "same machine are let in", shown=False)
     host: str = _setting("", _HOST, "what to listen on; by default all, IPv4 and IPv6 alike")
     port: int = _setting(6380, _number(0, 65535), "port to listen on; 0 takes any that is free")
+    tls_cert: str = _setting("", _FILE, "certificate (PEM) with its chain; then TLS is all that is "
+                             "spoken")
+    tls_key: str = _setting("", _FILE, "its key, where that does not stand in the same file")
     loglevel: str = _setting("info", _LEVEL, "what the log on standard error says")
     max_connections: int = _setting(
         255, _number(1, 10**6), "WebSockets and event streams at a time")
@@ -687,9 +691,10 @@ _buffers: collections.deque[Any] = collections.deque(maxlen=8)
 
 
 class Transport:
-    """A TCP socket: read by one thread, written by any. wait() waits, and no other call has to."""
+    """A socket: read by one thread, written by any. wait() waits, and no other call has to."""
 
     __slots__ = ("sock", "descriptor")
+    owed = 0  # bytes that send() has begun to write, and wants to be given again
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -699,18 +704,22 @@ class Transport:
         """Wait until there is something to read, or the end. The bytes stay where they are."""
         self.sock.recv(1, socket.MSG_PEEK)
 
-    def receive(self, size: int) -> bytes:
-        """Read what has come, behind wait(); b"" is the end."""
-        if size > _FULL_READ:
-            return self.sock.recv(size)
+    def receive(self, size: int) -> bytes | None:
+        """Read what has come, behind wait(); b"" is the end, and None that nothing has."""
+        if size <= _FULL_READ:
+            try:
+                buffer = _buffers.pop()
+            except IndexError:
+                buffer = _make_buffer()
+            count = _recv(self.descriptor, buffer, size, _DONTWAIT)
+            data: bytes = buffer[:max(count, 0)]
+            _buffers.append(buffer)
+            if count >= 0:
+                return data
         try:
-            buffer = _buffers.pop()
-        except IndexError:
-            buffer = _make_buffer()
-        count = _recv(self.descriptor, buffer, size, _DONTWAIT)
-        data: bytes = buffer[:max(count, 0)]
-        _buffers.append(buffer)
-        return data if count >= 0 else self.sock.recv(size)  # which raises the error, if it lasts
+            return self.sock.recv(size, _DONTWAIT)  # which raises the error, if it lasts
+        except BlockingIOError:
+            return None
 
     def send(self, data: bytes) -> int:
         """Write what the socket takes at once; returns how many bytes. Raises OSError."""
@@ -751,6 +760,115 @@ class Transport:
     def close(self) -> None:
         """Give the descriptor back to the system."""
         self.sock.close()
+
+
+_RECORD = 16384  # bytes in one record of TLS (RFC 8446, section 5.1)
+_MOST_REPLIES = 65536  # bytes of answers to a peer's TLS, which it provokes and does not read
+_NO_TLS = (b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain\r\n\r\n"
+           b"this port speaks TLS: https:// or wss://\n")
+
+
+class TLSTransport(Transport):
+    """TLS over a socket (RFC 8446), for a server, or for a client that gives the server's name.
+
+    Threads that share a TLS object corrupt its stream or wait for each other. So each call of it is
+    made under one lock, and none of them waits: it reads and writes memory. What came is decrypted
+    as a whole, so nothing is left that wait() would not see. What is sent is encrypted a record at
+    a time, when the socket has taken the one before: what is queued for who does not read waits as
+    plain text, which all subscribers share, and is counted there.
+
+    The handshake is part of receive().
+    """
+
+    __slots__ = ("lock", "incoming", "outgoing", "tls", "encrypted", "owed")
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext,
+                 name: str | None = None) -> None:
+        super().__init__(sock)
+        self.lock = threading.Lock()  # guards what follows, and each write to the socket
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(
+            self.incoming, self.outgoing, server_side=name is None, server_hostname=name)
+        self.encrypted = b""  # and not yet taken by the socket
+        self.owed = 0
+
+    def receive(self, size: int) -> bytes | None:
+        """Read and decrypt what has come; None where that is not for us. Raises ssl.SSLError."""
+        data = super().receive(min(size, 2 * _RECORD))
+        parts: list[bytes] = []
+        with self.lock:
+            try:
+                if data:
+                    self.incoming.write(data)
+                elif data is not None:
+                    self.incoming.write_eof()
+                while part := self.tls.read(_RECORD):
+                    parts.append(part)
+            except ssl.SSLWantReadError:
+                return b"".join(parts) or None
+            except ssl.SSLError as error:
+                if error.reason == "HTTP_REQUEST":
+                    super().send(_NO_TLS)
+                if not isinstance(error, (ssl.SSLZeroReturnError, ssl.SSLEOFError)):
+                    raise
+            finally:
+                self._write_encrypted()
+                if len(self.encrypted) + self.outgoing.pending > _MOST_REPLIES:
+                    raise ConnectionError("the peer does not read what its TLS provokes")
+        # The peer's TLS has ended, and that is the end: the next wait() sees it.
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RD)
+        return b"".join(parts)
+
+    def shake_hands(self, size: int) -> bool:
+        """Begin or go on with the handshake of a client; returns whether it is done."""
+        if self.receive(size) == b"":
+            raise ConnectionResetError("the server closed the connection")
+        with self.lock:
+            return self.tls.version() is not None
+
+    def send(self, data: bytes) -> int:
+        """Encrypt and write what the socket takes at once; returns how many bytes of `data`."""
+        return self.send_all((data,))
+
+    def send_all(self, buffers: Sequence[bytes | memoryview]) -> int:
+        """Write the like of many buffers. What is `owed` must be the beginning of them."""
+        sent = 0
+        with self.lock:
+            while self._write_encrypted():
+                sent, self.owed = sent + self.owed, 0
+                if not (data := _slice(buffers, sent, _RECORD)):
+                    break
+                self.owed = self.tls.write(data)
+        return sent
+
+    def end_output(self) -> None:
+        """Send the end of our TLS, and of the connection."""
+        with self.lock, contextlib.suppress(OSError):
+            with contextlib.suppress(ssl.SSLError):  # the peer has not ended its own
+                self.tls.unwrap()
+            self._write_encrypted()
+        super().end_output()
+
+    def _write_encrypted(self) -> bool:
+        # Returns whether the socket has taken all.
+        while self.encrypted or self.outgoing.pending:
+            self.encrypted = self.encrypted or self.outgoing.read()
+            if not (sent := super().send(self.encrypted)):
+                return False
+            self.encrypted = self.encrypted[sent:]
+        return True
+
+
+def _slice(buffers: Sequence[bytes | memoryview], at: int, size: int) -> bytes | memoryview:
+    """Take up to `size` bytes of what the buffers hold together, from `at` on."""
+    parts = list[bytes | memoryview]()
+    for buffer in buffers:
+        if at < len(buffer) and size:
+            parts.append(memoryview(buffer)[at:at + size])
+            size -= len(parts[-1])
+        at = max(0, at - len(buffer))
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class BusyThreads:
@@ -851,7 +969,7 @@ class Connection:
     def __init__(self, server: Server, sock: socket.socket, address: str) -> None:
         self.number = next(server.numbers)
         self.server = server
-        self.transport = Transport(sock)
+        self.transport = TLSTransport(sock, server.tls) if server.tls else Transport(sock)
         self.address = address
         # Guards what follows but where it says otherwise, each write to the socket, and its close.
         self.lock = threading.Lock()
@@ -976,9 +1094,11 @@ class Connection:
             self.wait()
             drop = self.server.stopping.is_set() and self.state is SUBSCRIBED
             data = self.transport.receive(size)
-            self.bytes_received += len(data)
+            if data is None and self.state is not CLOSING:
+                continue
             if not data or self.state is CLOSING:
                 return b""
+            self.bytes_received += len(data)
             self.last_received = time.monotonic()
             if not drop:
                 return data
@@ -1085,8 +1205,11 @@ class Connection:
         self.cut_at, self.patience = time.monotonic() + CLOSING_TIME, patience
         self._move(CLOSING)
         if discard:
-            self.unsent = collections.deque(
-                data for data in self.unsent if isinstance(data, memoryview))  # half written
+            begun, queued, self.unsent = self.transport.owed, self.unsent, collections.deque()
+            for data in queued:
+                if begun > 0 or isinstance(data, memoryview):
+                    self.unsent.append(data)
+                begun -= len(data)
             self.size = sum(len(data) + _OVERHEAD for data in self.unsent)
         self._append(last)
         self._write_unsent()
@@ -3131,8 +3254,9 @@ class _Stopped(Exception):
 class Server(socketserver.ThreadingTCPServer):
     """A Philote server. As a context manager it serves from its own threads until the block ends.
 
-    It listens from the start: raises OSError where it cannot. `server_address` holds the port that
-    it got for port 0. `failure` says why it cannot go on, once that is so.
+    It listens from the start: raises OSError where it cannot, and SettingsError where it cannot use
+    a file that the settings name. `server_address` holds the port that it got for port 0. `failure`
+    says why it cannot go on, once that is so.
     """
 
     allow_reuse_address = True
@@ -3155,6 +3279,7 @@ class Server(socketserver.ThreadingTCPServer):
         # lock to share.
         self.busy_threads: BusyThreads | None = None
         self.turn = threading.Lock()  # see take_turn()
+        self.tls = _load_certificate(settings)  # for the next newcomer
         self.address_family, address = _resolve(settings.host, settings.port)
         super().__init__(address, HTTPHandler)  # type: ignore[arg-type]
         self.poller = Poller(self.fail)
@@ -3183,6 +3308,14 @@ class Server(socketserver.ThreadingTCPServer):
         with contextlib.suppress(Exception):
             log.critical("the server cannot go on: %s", type(error).__name__)
         self.on_failure()
+
+    def reload(self) -> str:
+        """Read the files of the settings again, for newcomers; returns which, for the log.
+
+        Raises SettingsError where one cannot be used; then what was read before goes on.
+        """
+        self.tls = _load_certificate(self.settings)
+        return "the certificate" if self.tls else "nothing"
 
     # The accepting thread. What socketserver calls a request is a connection.
 
@@ -3249,7 +3382,8 @@ class Server(socketserver.ThreadingTCPServer):
                           {**_CLOSE, **_RETRY})
         self.metrics.refuse(error.code)
         with sock, contextlib.suppress(OSError):
-            sock.send(error.response().encode(), _DONTWAIT)
+            if not self.tls:
+                sock.send(error.response().encode(), _DONTWAIT)
             sock.shutdown(socket.SHUT_WR)
             sock.recv(65536, _DONTWAIT)
 
@@ -3264,6 +3398,9 @@ class Server(socketserver.ThreadingTCPServer):
             subscriber = connection.handler.run()
             if subscriber:
                 subscriber.run()
+        except ssl.SSLError as error:
+            self.refuse(connection.address, HTTPError(
+                400, f"its TLS failed: {_tell_error(error)}", "tls"))
         except OSError:
             pass  # the peer is gone
         except Exception:
@@ -3359,6 +3496,35 @@ def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
             host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return family, address
     return socket.AF_INET6, ("::", port)
+
+
+def _load_certificate(settings: Settings) -> ssl.SSLContext | None:
+    if not settings.tls_cert:
+        if settings.tls_key:
+            raise SettingsError("TLS_KEY: there is no TLS_CERT")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    names = {name: getattr(settings, name.lower()) for name in ("TLS_CERT", "TLS_KEY")}
+    for name, path in names.items():
+        try:
+            open(path or settings.tls_cert, "rb").close()
+        except (OSError, ValueError) as error:  # the latter for a NUL in it
+            raise SettingsError(f"{name}: {path!r} cannot be read: {_tell_error(error)}") from None
+    try:  # the password is for a key that has one: OpenSSL would ask for it at the terminal
+        context.load_cert_chain(settings.tls_cert, settings.tls_key or None, password="")
+    except OSError as error:
+        shown = " with ".join(f"{name}: {path!r}" for name, path in names.items() if path)
+        raise SettingsError(f"{shown} cannot be used: {_tell_error(error)}") from None
+    return context
+
+
+def _tell_error(error: Exception) -> str:
+    reason = getattr(error, "reason", None)  # OpenSSL's, in capitals with underscores
+    return (reason.lower().replace("_", " ") if isinstance(reason, str)
+            else getattr(error, "strerror", None) or str(error))
 
 
 # ------------------------------------------------------------------------------------------- client
@@ -3899,6 +4065,7 @@ class _Link:
         self.sock = _ClientSocket(_connect_to(url))
         self.texts = self._read_texts()  # messages to the end of the connection; raises OSError
         try:
+            self.sock.shake_hands()
             self._shake_hands(url, token, parameters)
         except BaseException:
             self.sock.abort()
@@ -3966,7 +4133,7 @@ class _Link:
         self.sock.abort()
 
 
-def _connect_to(url: urllib.parse.SplitResult) -> socket.socket:
+def _connect_to(url: urllib.parse.SplitResult) -> Transport:
     secure = url.scheme == "wss"
     try:
         sock = socket.create_connection(
@@ -3974,33 +4141,41 @@ def _connect_to(url: urllib.parse.SplitResult) -> socket.socket:
     except UnicodeError:
         raise PhiloteError(f"{url.hostname!r} cannot be the name of a host") from None
     if not secure:
-        return sock
+        return Transport(sock)
     try:
-        return ssl.create_default_context().wrap_socket(sock, server_hostname=url.hostname)
-    except BaseException as error:
+        return TLSTransport(sock, ssl.create_default_context(), url.hostname)
+    except BaseException:
         sock.close()
-        if getattr(error, "reason", "") == "WRONG_VERSION_NUMBER":
-            raise PhiloteError("the server does not speak TLS at this port; ws:// may do") from None
         raise
 
 
 class _ClientSocket:
-    """A socket, TLS or not, that one thread may read while another writes.
+    """A connection that one thread may read while another writes; each wait for it has an end.
 
-    No thread is ever inside a call of the socket for long, and never two: they wait outside. Two
-    threads inside one TLS connection corrupt it or wait for each other.
+    No thread is ever inside a call of the transport for long: they wait outside.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.sock.setblocking(False)
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self.transport.sock.setblocking(False)
         self.deadline = time.monotonic() + _ANSWER_TIME  # for the next read; the reader's
-        self.calling = threading.Lock()  # guards the socket and the next three
+        self.calling = threading.Lock()  # guards the transport and the next three
         self.sent = 0  # bytes
         self.waiting = 0  # threads
         self.aborted = False
         self.head = b""  # of the answer to the opening handshake
         self.rest = b""  # what was read behind it
+
+    def shake_hands(self) -> None:
+        """Let TLS begin, where the server shall speak it."""
+        if isinstance(self.transport, TLSTransport):
+            try:
+                self._call(self.transport.shake_hands, _FULL_READ, select.POLLIN, self.deadline)
+            except ssl.SSLError as error:
+                if error.reason == "WRONG_VERSION_NUMBER":
+                    raise PhiloteError("the server does not speak TLS at this port; ws:// may "
+                                       "do") from None
+                raise
 
     def recv(self) -> bytes:
         """Read what there is. Raises OSError, at the end too."""
@@ -4029,7 +4204,7 @@ class _ClientSocket:
     def taken(self) -> int:
         """How many of our bytes the server has taken so far."""
         with self.calling:
-            left = 0 if self.aborted else Transport(self.sock).unacknowledged()
+            left = 0 if self.aborted else self.transport.unacknowledged()
             return self.sent - left
 
     def abort(self) -> None:
@@ -4038,36 +4213,33 @@ class _ClientSocket:
         The last who waits closes the socket: before that, its descriptor must not become another's.
         """
         with self.calling:
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
+            self.transport.end()
             self.aborted = True
             if not self.waiting:
-                self.sock.close()
+                self.transport.close()
 
     def send(self, data: bytes) -> None:
         """Write all of it, as soon as the server takes it. Raises OSError."""
         view = memoryview(data)
         while view:
-            sent = self._call(self.sock.send, view, select.POLLOUT, math.inf)
+            sent = self._call(self.transport.send, view, select.POLLOUT, math.inf)
             with self.calling:
                 self.sent += sent
             view = view[sent:]
 
     def _receive(self) -> bytes:
-        data: bytes = self._call(self.sock.recv, _FULL_READ, select.POLLIN, self.deadline)
+        data: bytes = self._call(self.transport.receive, _FULL_READ, select.POLLIN, self.deadline)
         if not data:
             raise ConnectionResetError("the server closed the connection")
         return data
 
     def _call(self, call: Callable[[Any], Any], argument: Any, event: int, deadline: float) -> Any:
         while True:
-            try:
-                with self.calling:
-                    return call(argument)
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-                if not isinstance(error, BlockingIOError):  # TLS may have to read before it writes
-                    event = (select.POLLIN if isinstance(error, ssl.SSLWantReadError)
-                             else select.POLLOUT)
+            with self.calling:
+                if self.aborted:  # and perhaps closed: its descriptor may be another's
+                    raise ConnectionAbortedError("the connection was closed")
+                if (done := call(argument)) or done == b"":
+                    return done
             self._wait(event, deadline)
 
     def _wait(self, event: int, deadline: float) -> None:
@@ -4075,7 +4247,7 @@ class _ClientSocket:
         with self.calling:
             if self.aborted:
                 raise ConnectionAbortedError("the connection was closed")
-            poll.register(self.sock, event)
+            poll.register(self.transport.sock, event)
             self.waiting += 1
         try:
             left = deadline - time.monotonic()
@@ -4085,7 +4257,7 @@ class _ClientSocket:
             with self.calling:
                 self.waiting -= 1
                 if self.aborted and not self.waiting:
-                    self.sock.close()
+                    self.transport.close()
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -4257,7 +4429,11 @@ def _serve(_: argparse.Namespace) -> int:
     with server:
         _greet(server)
         while (caught := signal.sigwait(signals)) == signal.SIGHUP:
-            log.info("SIGHUP: there is nothing to read again; the settings are read at the start")
+            try:
+                log.info("SIGHUP: read %s again; the settings are read at the start",
+                         server.reload())
+            except SettingsError as error:
+                log.error("SIGHUP: %s; what was read before goes on", error)
         # If all fails, even for want of memory: the system ends the process by SIGALRM.
         signal.alarm(math.ceil(settings.shutdown_timeout) + 3)
         for number in (signal.SIGINT, signal.SIGTERM):
