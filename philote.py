@@ -3501,7 +3501,7 @@ def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
 def _load_certificate(settings: Settings) -> ssl.SSLContext | None:
     if not settings.tls_cert:
         if settings.tls_key:
-            raise SettingsError("TLS_KEY: there is no TLS_CERT")
+            raise SettingsError(f"TLS_KEY: {settings.tls_key!r} is of no use without TLS_CERT")
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -3517,7 +3517,9 @@ def _load_certificate(settings: Settings) -> ssl.SSLContext | None:
         context.load_cert_chain(settings.tls_cert, settings.tls_key or None, password="")
     except OSError as error:
         shown = " with ".join(f"{name}: {path!r}" for name, path in names.items() if path)
-        raise SettingsError(f"{shown} cannot be used: {_tell_error(error)}") from None
+        why = ("the key is another one's" if _tell_error(error) == "key values mismatch" else
+               "a certificate and a key without a password are wanted, both in PEM")
+        raise SettingsError(f"{shown} cannot be used: {why}") from None
     return context
 
 
@@ -4222,7 +4224,7 @@ class _ClientSocket:
         """Write all of it, as soon as the server takes it. Raises OSError."""
         view = memoryview(data)
         while view:
-            sent = self._call(self.transport.send, view, select.POLLOUT, math.inf)
+            sent = self._call(self.transport.send_all, (view,), select.POLLOUT, math.inf)
             with self.calling:
                 self.sent += sent
             view = view[sent:]

@@ -84,13 +84,22 @@ def full(request):
 @pytest.fixture
 def server(request):
     """A server with default settings, but for its secret, host, port, and those of the marker."""
-    with running(**getattr(request, "param", {})) as server:
+    settings = getattr(request, "param", {})
+    if settings.get("tls_cert"):
+        settings = {**settings, "tls_cert": request.getfixturevalue("certificate")}
+    with running(**settings) as server:
         yield server
 
 
 def with_settings(**settings):
     """Give the fixture `server` of a test these settings."""
     return pytest.mark.parametrize("server", [settings], ids=[""], indirect=True)
+
+
+def plain_and_tls(**settings):
+    """The like, with and without TLS."""
+    return pytest.mark.parametrize(
+        "server", [settings, {**settings, "tls_cert": True}], ids=["", "tls"], indirect=True)
 
 
 def port_of(server):
@@ -827,7 +836,7 @@ def test_every_case_of_the_autobahn_suite_passes(monkeypatch):
 
 # -------------------------------------------------------------------------- connections and poller
 
-@with_settings(max_queue_size=200_000)
+@plain_and_tls(max_queue_size=200_000)
 def test_a_stalled_subscriber_delays_nobody_and_is_dropped(
         server, undisturbed, slow_reader, reader, writer, caplog, full):
     for i in range(3200 if full else 320):
@@ -837,7 +846,7 @@ def test_a_stalled_subscriber_delays_nobody_and_is_dropped(
     assert "slow consumer" in caplog.text
 
 
-@with_settings(max_queue_size=200_000)
+@plain_and_tls(max_queue_size=200_000)
 def test_a_slow_consumer_that_reads_at_last_is_told_why(server, slow_reader, writer):
     while not totals(server)["slow_consumers"]:
         writer.publish("a", "x" * 100_000)
@@ -873,7 +882,7 @@ def test_pings_without_end_from_a_peer_that_never_reads_end_it(server, undisturb
     wait_until(lambda: totals(server)["slow_consumers"] == 1)
 
 
-@with_settings(max_queue_size=1 << 24)
+@plain_and_tls(max_queue_size=1 << 24)
 def test_subscribers_that_are_slow_within_the_limit_miss_nothing(server, writer):
     # What is small comes between what is more than the kernel takes for a socket that is not read.
     expected = [str(i).ljust(1000 if i % 15 else 120_000) for i in range(600)]
@@ -884,6 +893,107 @@ def test_subscribers_that_are_slow_within_the_limit_miss_nothing(server, writer)
         for reader in readers:
             assert reader.receive_data(len(expected)) == expected
 
+
+# TLS
+
+def wss_of(server):
+    return url_of(server).replace("ws://", "wss://")
+
+
+def client_hello():
+    """How a client begins a handshake."""
+    outgoing = ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        UNCHECKED.wrap_bio(ssl.MemoryBIO(), outgoing).do_handshake()
+    return outgoing.read()
+
+
+def dial_plain(server):
+    return socket.create_connection(server.server_address, PATIENCE)
+
+
+@with_settings(tls_cert=True, max_queue_size=300_000)
+def test_through_tls_one_of_thirty_that_never_reads_delays_nobody(
+        server, undisturbed, slow_reader, writer):
+    with many(29, RawClient, server, ["a"]) as readers:
+        for i in range(50):  # 10 MB: more than the system's buffers take
+            writer.publish("a", f"{i} " + "x" * 200_000)
+            assert {reader.receive()["data"].split()[0] for reader in readers} == {str(i)}
+    wait_until(lambda: totals(server)["slow_consumers"] == 1)
+
+
+@with_settings(tls_cert=True, max_queue_size=1 << 30)
+@pytest.mark.parametrize("count, size", [(5000, 10), (1000, 3000), (100, 200_000), (3, 1_048_000)])
+def test_through_tls_messages_go_both_ways_at_once(server, certificate, monkeypatch, count, size):
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    for _ in range(2):
+        exchange_messages(wss_of(server), count, size)
+
+
+@with_settings(tls_cert=True)
+def test_one_byte_in_each_record_of_tls_is_read(undisturbed, reader, writer):
+    for byte in text("a", "x" * 5000):
+        writer.send(bytes([byte]))
+    assert reader.receive()["data"] == "x" * 5000
+
+
+@with_settings(tls_cert=True, request_timeout=0.3)
+@pytest.mark.parametrize("part", [0, 3, 100, None])
+def test_a_handshake_of_tls_that_stalls_is_cut_off(server, undisturbed, part):
+    with dial_plain(server) as sock:
+        sock.sendall(client_hello()[:part])
+        read_all(sock)
+
+
+@with_settings(tls_cert=True)
+def test_at_a_port_for_tls_nothing_is_served_as_plain_text(server, undisturbed, caplog):
+    told = b"HTTP/1.1 400 .*this port speaks TLS.*"
+    for sent, expected in ((http_request("GET", "/health"), told), (upgrade(), told),
+                           (b"PING / HTTP/1.1\r\n\r\n", b""), (frame(1, "x") * 9, b"")):
+        with dial_plain(server) as sock:
+            sock.sendall(sent)
+            assert re.fullmatch(expected, read_all(sock), re.DOTALL)
+    assert refusals(server) == {"tls": 4} and caplog.text.count("its TLS failed: ") == 1
+
+
+@with_settings(tls_cert=True)
+def test_the_end_of_tls_is_the_end_and_is_answered(server, undisturbed, reader):
+    reader.sock.unwrap()  # waits for the server's
+    assert reader.sock.recv(1) == b""
+
+
+@with_settings(tls_cert=True)
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_http_1_1_is_what_is_spoken_over_tls(server, undisturbed, certificate, version):
+    context = ssl.create_default_context(cafile=certificate)
+    context.maximum_version = context.minimum_version = version
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    with context.wrap_socket(dial_plain(server), server_hostname="localhost") as sock:
+        assert sock.selected_alpn_protocol() == "http/1.1"
+        sock.sendall(http_request("GET", "/health", headers={"Connection": "close"}))
+        assert b'"ok"' in read_all(sock)
+
+
+@with_settings(tls_cert=True)
+def test_programs_of_other_people_speak_tls_with_it(server, certificate):
+    host = f"localhost:{port_of(server)}"
+    status, out, err = run("-sS", "--cacert", certificate, f"https://{host}/health",
+                           launcher=["curl"])
+    assert (status, json.loads(out), err) == (0, {"status": "ok"}, "")
+    status, out, _ = run(
+        "s_client", "-connect", host, "-CAfile", certificate, "-verify_return_error", "-quiet",
+        input="GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", launcher=["openssl"])
+    assert status == 0 and '"ok"' in out
+    context = ssl.create_default_context(cafile=certificate)
+    url = f"wss://{host}/?auth={make_token(['a'], ['a'])}"
+    with websockets.sync.client.connect(url, ssl=context) as one, \
+            websockets.sync.client.connect(url, ssl=context) as two:
+        for data in ("hello", "x" * 900_000):
+            one.send(message("a", data))
+            assert json.loads(two.recv(PATIENCE))["data"] == data
+
+
+# Full connections
 
 @pytest.fixture
 def unserved():
@@ -1583,6 +1693,7 @@ def test_messages_over_http_beyond_the_rate_come_later_and_delay_nobody_else(ser
 # What the server is doing
 
 INFO = ("version python implementation gil num_cpu pid uptime_in_seconds tcp_port connections "
+        "tls_cert tls_key "
         "max_connections channels read_buffer_size write_buffer_size check_origin host loglevel "
         "max_message_size max_queue_size max_message_rate ping_interval request_timeout "
         "shutdown_timeout max_subscriptions history_time history_size history_messages "
@@ -2120,7 +2231,7 @@ def test_nothing_of_one_client_lands_on_the_reused_descriptor_of_another(server,
                 assert newcomer.is_quiet()
 
 
-@with_settings(ping_interval=0)
+@plain_and_tls(ping_interval=0)
 def test_churn_leaves_nothing_behind(server, reader, writer, full):
     """Connects and disconnects, a third of them by RST, while a publisher runs."""
     rounds, each = (200, 100) if full else (8, 50)
@@ -3381,16 +3492,21 @@ def deaf():
         over.set()
 
 
+def make_certificate(path):
+    """Make a certificate for localhost, with its key."""
+    words = (f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -out {path} "
+             f"-keyout {path} -addext subjectAltName=DNS:localhost,IP:127.0.0.1")
+    subprocess.run(words.split(), check=True, capture_output=True)
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
     """The path of a certificate for localhost, with its key."""
     if not shutil.which("openssl"):
         pytest.skip("no openssl here")
-    path = tmp_path_factory.mktemp("tls")
-    words = ("openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -out both.pem "
-             "-keyout both.pem -addext subjectAltName=DNS:localhost,IP:127.0.0.1")
-    subprocess.run(words.split(), cwd=path, check=True, capture_output=True)
-    return str(path / "both.pem")
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    make_certificate(path)
+    return str(path)
 
 
 @contextlib.contextmanager
@@ -4404,6 +4520,58 @@ def test_a_port_that_is_taken_is_one_line_and_1_a_host_that_cannot_be_is_2(host,
         port = str(taken.getsockname()[1])
         line = fails("serve", status=status, says=host, HOST=host, PORT=port, SECRET=SECRET)
         assert line.startswith("HOST: ") if status == 2 else port in line
+
+
+@pytest.fixture
+def files(tmp_path, certificate):
+    """Files for TLS_CERT and TLS_KEY, good and bad, as a directory."""
+    shutil.copy(certificate, tmp_path / "both.pem")
+    make_certificate(tmp_path / "other.pem")
+    both, other = ((tmp_path / name).read_text() for name in ("both.pem", "other.pem"))
+    key = both.index("-----BEGIN CERTIFICATE")
+    (tmp_path / "key.pem").write_text(both[:key])
+    (tmp_path / "cert.pem").write_text(both[key:])
+    (tmp_path / "cut.pem").write_text(both[:-200])
+    (tmp_path / "empty.pem").write_text("")
+    subprocess.run("openssl rsa -aes256 -passout pass:x -in key.pem -out locked.pem".split(),
+                   cwd=tmp_path, check=True, capture_output=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("cert, key, says", [
+    ("none.pem", None, "TLS_CERT: "), ("", None, "TLS_CERT: "), ("cert.pem", None, "TLS_CERT: "),
+    ("empty.pem", None, "TLS_CERT: "), ("cut.pem", None, "TLS_CERT: "),
+    ("both.pem", "none.pem", "TLS_KEY: "), (None, "key.pem", "TLS_KEY: "),
+    ("cert.pem", "empty.pem", "TLS_KEY: "), ("cert.pem", "other.pem", "another one's"),
+    ("cert.pem", "locked.pem", "TLS_KEY: ")])
+def test_a_bad_file_for_tls_is_named_with_its_setting_in_one_line_and_2(files, cert, key, says):
+    environ = {name: str(files / path) for name, path in (("TLS_CERT", cert), ("TLS_KEY", key))
+               if path is not None}
+    line = fails("serve", status=2, says=says, PORT="0", SECRET=SECRET, **environ)
+    assert (key or cert) in line and line.startswith("TLS_")
+
+
+def test_sighup_reads_the_certificate_again_for_newcomers(files):
+    def shown():
+        with UNCHECKED.wrap_socket(dial_plain(server)) as sock:
+            return sock.getpeercert(True)
+
+    def reload(path, says):
+        shutil.copy(files / path, files / "in_use.pem")
+        server.said.clear()
+        server.send_signal(signal.SIGHUP)
+        wait_until(lambda: server.says(says))
+
+    shutil.copy(files / "both.pem", files / "in_use.pem")
+    with serving(TLS_CERT=str(files / "in_use.pem")) as server:
+        server.tls = True
+        with RawClient(server, ["a"]) as reader:
+            first = shown()
+            reload("other.pem", "read the certificate again")
+            other = shown()
+            reload("cut.pem", "TLS_CERT: ")
+            assert first != other == shown() and "Traceback" not in "".join(server.said)
+            assert reader.is_quiet() and reader.sock.getpeercert(True) == first
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
