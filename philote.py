@@ -107,6 +107,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import struct
 import sys
 import termios
@@ -184,6 +185,12 @@ def _parse_origins(text: str) -> bool | tuple[str, ...]:
     return origins
 
 
+def _parse_host(text: str) -> str:
+    if text == _UNIX:
+        raise ValueError
+    return text
+
+
 def _parse_secret(text: str) -> str:
     with contextlib.suppress(jwt.PyJWTError):
         jwt.encode({}, _signing_key(text), algorithm="HS256")  # refuses keys and certificates (PEM)
@@ -192,6 +199,7 @@ def _parse_secret(text: str) -> str:
     raise ValueError
 
 
+_UNIX = "unix:"  # what stands before the path of a Unix socket
 _LEVELS = {
     "debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING,
     "error": logging.ERROR, "fatal": logging.CRITICAL, "panic": logging.CRITICAL,
@@ -199,7 +207,7 @@ _LEVELS = {
 _SIZE = _number(1, 2**30, "a number of bytes")
 _SECONDS = _number(0, 86400, "a number of seconds", float)
 _SECRET = _parse_secret, "any text that is not a public key, a certificate or a JWK"
-_HOST = str, "an address or name of this machine, or nothing for all"
+_HOST = _parse_host, "an address or name of this machine, unix:PATH, or nothing for all"
 _FILE = str, "the path of a file"
 _LEVEL = _parse_level, "one of " + ", ".join(_LEVELS)
 _RATE = _number(0, 10**9, "a number of messages a second (0: no limit)", float)
@@ -218,7 +226,8 @@ class Settings:
 
     secret: str = _setting("", _SECRET, "signs the tokens; while it is empty, only clients on the "
                            "same machine are let in", shown=False)
-    host: str = _setting("", _HOST, "what to listen on; by default all, IPv4 and IPv6 alike")
+    host: str = _setting("", _HOST, "what to listen on; by default all, IPv4 and IPv6 alike; the "
+                         "file of a Unix socket is for its owner and group")
     port: int = _setting(6380, _number(0, 65535), "port to listen on; 0 takes any that is free")
     tls_cert: str = _setting("", _FILE, "certificate (PEM) with its chain; then TLS is all that is "
                              "spoken")
@@ -738,6 +747,11 @@ class Transport:
             return self.sock.sendmsg(buffers, (), _DONTWAIT)
         except BlockingIOError:
             return 0
+
+    def set_tcp(self, option: int, value: int) -> None:
+        """Set an option of TCP, where this is TCP."""
+        if self.sock.family != socket.AF_UNIX:
+            self.sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def unacknowledged(self) -> int:
         """How many bytes were written that the peer's system has not acknowledged."""
@@ -1999,8 +2013,7 @@ class Subscriber:
         if interval and hasattr(socket, "TCP_USER_TIMEOUT"):
             # Bytes that a dead peer does not acknowledge would keep the system busy for a quarter
             # of an hour.
-            connection.transport.sock.setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * interval))
+            connection.transport.set_tcp(socket.TCP_USER_TIMEOUT, int(2000 * interval))
         look = min(interval / 4, _LONGEST_LOOK) if self.past.resumable else interval
         if (pause := min(look or math.inf, self._time_left())) < math.inf:
             self.server.poller.call_at(connection, time.monotonic() + pause)
@@ -2608,7 +2621,7 @@ class HTTPHandler:
 
     def run(self) -> Subscriber | None:
         """Answer requests; returns what the connection becomes, None at its end."""
-        self.connection.transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.connection.transport.set_tcp(socket.TCP_NODELAY, 1)
         self.server.poller.call_at(self.connection, self.deadline)
         while True:
             request, self.cors = None, {}
@@ -2776,8 +2789,16 @@ class HTTPHandler:
 MAX_MESSAGES = 10_000  # in the list of one request
 
 
+_UNIX_PEER = "unix"  # stands for the address of whoever comes over a Unix socket
+
+
 def is_loopback(address: str) -> bool:
-    """Whether an IP address is this machine's own (127.0.0.0/8, ::1, the first written as IPv6)."""
+    """Whether an IP address is this machine's own (127.0.0.0/8, ::1, the first written as IPv6).
+
+    Who comes over a Unix socket is on this machine as well.
+    """
+    if address == _UNIX_PEER:
+        return True
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -2934,7 +2955,7 @@ def tell_info(handler: HTTPHandler, request: Request) -> Response:
         "implementation": platform.python_implementation(), "gil": _INTERPRETER_LOCK,
         "num_cpu": os.cpu_count(), "pid": os.getpid(),
         "uptime_in_seconds": round(time.monotonic() - server.started),
-        "tcp_port": server.server_address[1],
+        "tcp_port": server.port,
         "connections": totals["open"], "channels": totals["channels"],
         "history_messages": totals["history_messages"], "history_bytes": totals["history_bytes"],
         "history_oldest": encode_id(totals["history_oldest"]) if totals["history_oldest"] else None,
@@ -3280,6 +3301,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.busy_threads: BusyThreads | None = None
         self.turn = threading.Lock()  # see take_turn()
         self.tls = _load_certificate(settings)  # for the next newcomer
+        self.file: tuple[str, int] | None = None  # of a Unix socket: its path and inode
         self.address_family, address = _resolve(settings.host, settings.port)
         super().__init__(address, HTTPHandler)  # type: ignore[arg-type]
         self.poller = Poller(self.fail)
@@ -3289,10 +3311,38 @@ class Server(socketserver.ThreadingTCPServer):
 
     def server_bind(self) -> None:
         """Bind, for all interfaces to IPv4 and IPv6 alike."""
+        if self.address_family == socket.AF_UNIX:
+            path = str(self.server_address)
+            _remove_stale_socket(path)
+            super().server_bind()
+            os.chmod(path, 0o660)  # nobody can connect yet: it does not listen
+            self.file = path, os.stat(path).st_ino
+            return
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(
                 socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bool(self.settings.host)))
         super().server_bind()
+
+    def server_close(self) -> None:
+        """Close the listening socket; its file is removed, unless it is another's by now."""
+        if self.file:
+            (path, inode), self.file = self.file, None
+            with contextlib.suppress(OSError):
+                if os.stat(path).st_ino == inode:
+                    os.unlink(path)
+        super().server_close()
+
+    @property
+    def port(self) -> int | None:
+        """The port of TCP that it listens on."""
+        return None if isinstance(self.server_address, (str, bytes)) else self.server_address[1]
+
+    @property
+    def where(self) -> str:
+        """What it listens on, for the log."""
+        address: Any = self.server_address
+        return (f"{address[0]} port {self.port}" if self.port is not None else
+                _UNIX + os.fsdecode(address).replace("\0", "@"))
 
     def __enter__(self) -> Server:
         self.poller.start()
@@ -3340,7 +3390,8 @@ class Server(socketserver.ThreadingTCPServer):
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._refuse_for_want_of_descriptors(error)
             raise
-        return Connection(self, sock, address[0].removeprefix("::ffff:")), address
+        name = address[0].removeprefix("::ffff:") if address else _UNIX_PEER
+        return Connection(self, sock, name), address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread; where the system has none left, refuse it."""
@@ -3361,7 +3412,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what socketserver would print."""
-        log.exception("%s: unexpected error", client_address[0])
+        log.exception("%s: unexpected error", request.address)
 
     def _refuse_for_want_of_descriptors(self, error: OSError) -> None:
         if self.own_log_limit.may_log("descriptors"):
@@ -3490,7 +3541,20 @@ class Server(socketserver.ThreadingTCPServer):
             time.sleep(0.01)
 
 
+def _remove_stale_socket(path: str) -> None:
+    """Remove the file of a Unix socket on which nobody listens any more."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            sock.setblocking(False)
+            try:
+                sock.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+
+
 def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    if host.startswith(_UNIX):
+        return socket.AF_UNIX, host.removeprefix(_UNIX)
     if host or not socket.has_dualstack_ipv6():
         family, _, _, _, address = socket.getaddrinfo(
             host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
@@ -4036,15 +4100,22 @@ def _as_numbers(id: str) -> tuple[int, int]:
     return int(milliseconds or 0), int(counter or 0)
 
 
+_WS_UNIX = "ws+unix"  # the scheme of a URL that names a Unix socket
+
+
 def split_url(url: str) -> urllib.parse.SplitResult:
     """Split the URL of a server. Raises PhiloteError that names it."""
     try:
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("ws", "wss") or not parts.hostname or parts.port == 0:
+        if parts.scheme == _WS_UNIX:
+            right = bool(parts.path) and not parts.netloc
+        else:
+            right = parts.scheme in ("ws", "wss") and bool(parts.hostname) and parts.port != 0
+        if not right:
             raise ValueError
     except ValueError:
-        raise PhiloteError(
-            f"the URL must begin with ws:// or wss:// and name a host, not {url!r}") from None
+        raise PhiloteError("the URL must begin with ws:// or wss:// and name a host, or be "
+                           f"{_WS_UNIX}:/PATH, not {url!r}") from None
     if not re.fullmatch("[!-~]*", parts.path + parts.query):
         raise PhiloteError(f"the path of the URL must be percent-encoded, not {url!r}")
     return parts
@@ -4077,9 +4148,10 @@ class _Link:
                      parameters: Sequence[tuple[str, str]]) -> None:
         query = "&".join(filter(None, [url.query, urllib.parse.urlencode(parameters)]))
         headers = [(b"Authorization", b"Bearer " + token.encode())] if token else []
+        path = "/" if url.scheme == _WS_UNIX else url.path or "/"
         self.sock.send(self.protocol.send(wsproto.events.Request(
-            host=url.netloc.rpartition("@")[2], extra_headers=headers,
-            target=(url.path or "/") + ("?" + query if query else ""))))
+            host=url.netloc.rpartition("@")[2] or "localhost", extra_headers=headers,
+            target=path + ("?" + query if query else ""))))
         try:
             self.protocol.receive_data(self.sock.read_head())
             event = next(self.protocol.events(), None)
@@ -4135,15 +4207,26 @@ class _Link:
         self.sock.abort()
 
 
-def _connect_to(url: urllib.parse.SplitResult) -> Transport:
-    secure = url.scheme == "wss"
+def _dial(url: urllib.parse.SplitResult, port: int) -> socket.socket:
+    if url.scheme != _WS_UNIX:
+        try:
+            return socket.create_connection((url.hostname, url.port or port), _ANSWER_TIME)
+        except UnicodeError:
+            raise PhiloteError(f"{url.hostname!r} cannot be the name of a host") from None
+    sock = socket.socket(socket.AF_UNIX)
     try:
-        sock = socket.create_connection(
-            (url.hostname, url.port or (443 if secure else 80)), _ANSWER_TIME)
-    except UnicodeError:
-        raise PhiloteError(f"{url.hostname!r} cannot be the name of a host") from None
-    if not secure:
-        return Transport(sock)
+        sock.settimeout(_ANSWER_TIME)
+        sock.connect(urllib.parse.unquote(url.path))
+    except BaseException:
+        sock.close()
+        raise
+    return sock
+
+
+def _connect_to(url: urllib.parse.SplitResult) -> Transport:
+    if url.scheme != "wss":
+        return Transport(_dial(url, 80))
+    sock = _dial(url, 443)
     try:
         return TLSTransport(sock, ssl.create_default_context(), url.hostname)
     except BaseException:
@@ -4422,7 +4505,8 @@ def _serve(_: argparse.Namespace) -> int:
     except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
         if isinstance(error, (socket.gaierror, UnicodeError)):
             raise SettingsError(_not_allowed("HOST", settings.host, _HOST[1])) from None
-        _tell(f"cannot listen on {settings.host or 'all interfaces'}, port {settings.port}: "
+        port = "" if settings.host.startswith(_UNIX) else f", port {settings.port}"
+        _tell(f"cannot listen on {settings.host or 'all interfaces'}{port}: "
               f"{error.strerror or error}")
         return 1
     if _INTERPRETER_LOCK:
@@ -4458,11 +4542,11 @@ def _configure_log(settings: Settings) -> BackgroundHandler:
 
 
 def _greet(server: Server) -> None:
-    settings, (address, port, *_) = server.settings, server.server_address
+    settings, where = server.settings, server.where + (" with TLS" if server.tls else "")
     origins = settings.check_origin
-    log.info("philote %s on Python %s listens on %s port %d: "
+    log.info("philote %s on Python %s listens on %s: "
              "MAX_CONNECTIONS=%d CHECK_ORIGIN=%s SECRET %s LOGLEVEL=%s",
-             __version__, platform.python_version(), address, port, settings.max_connections,
+             __version__, platform.python_version(), where, settings.max_connections,
              ",".join(origins) if isinstance(origins, tuple) else str(origins).lower(),
              "set" if settings.secret else "empty", settings.loglevel)
     if not settings.secret:
@@ -4596,12 +4680,14 @@ def _history(arguments: argparse.Namespace) -> int:
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     url = split_url(arguments.url)
     kind = http.client.HTTPSConnection if url.scheme == "wss" else http.client.HTTPConnection
-    connection = kind(str(url.hostname), url.port, timeout=_ANSWER_TIME)
+    connection = kind(url.hostname or "localhost", url.port, timeout=_ANSWER_TIME)
     asked = [*(("channel", name) for name in arguments.channels),
              *(("since", value) for value in [arguments.since] if value),
              *(("last", str(value)) for value in [arguments.last] if value is not None)]
     while True:
         try:
+            if url.scheme == _WS_UNIX:
+                connection.sock = connection.sock or _dial(url, 0)
             connection.request("GET", "/api/history?" + urllib.parse.urlencode(asked), headers={
                 "Authorization": "Bearer " + _token_for(arguments, arguments.channels)})
             response = connection.getresponse()

@@ -160,13 +160,15 @@ def upgrade_request(path="/", headers=(), without=(), method="GET"):
 
 
 def dial(server, receive_buffer=None):
-    """Connect a plain socket."""
-    sock = socket.socket()
+    """Connect a socket, with TLS where the server speaks that."""
+    path = server.server_address if isinstance(server.server_address, str) else None
+    sock = socket.socket(socket.AF_UNIX if path else socket.AF_INET)
     if receive_buffer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     sock.settimeout(PATIENCE)
-    sock.connect(("127.0.0.1", port_of(server)))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.connect(path or ("127.0.0.1", port_of(server)))
+    if not path:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     return UNCHECKED.wrap_socket(sock) if getattr(server, "tls", None) else sock
 
 
@@ -432,6 +434,7 @@ def test_the_defaults_are_those_of_the_original():
 
 @pytest.mark.parametrize("name, value, expected", [
     ("SECRET", "s3cret", "s3cret"), ("HOST", "::1", "::1"), ("HOST", "", ""),
+    ("HOST", "unix:/run/philote.sock", "unix:/run/philote.sock"),
     ("PORT", "0", 0), ("PORT", "65535", 65535), ("LOGLEVEL", "debug", "debug"),
     ("LOGLEVEL", "PANIC", "panic"), ("LOGLEVEL", "fatal", "fatal"), ("MAX_CONNECTIONS", "1", 1),
     ("READ_BUFFER_SIZE", "4096", 4096), ("WRITE_BUFFER_SIZE", "1", 1),
@@ -445,7 +448,8 @@ def test_a_setting_is_read(name, value, expected):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("PORT", "65536"), ("PORT", "-1"), ("PORT", "http"), ("PORT", ""), ("PORT", "1_0"),
+    ("HOST", "unix:"), ("PORT", "65536"), ("PORT", "-1"),
+    ("PORT", "http"), ("PORT", ""), ("PORT", "1_0"),
     ("PORT", "\u0661"), ("PORT", "9" * 5000), ("LOGLEVEL", "verbose"), ("MAX_CONNECTIONS", "0"),
     ("MAX_CONNECTIONS", "1.5"), ("READ_BUFFER_SIZE", "0"), ("WRITE_BUFFER_SIZE", "1k"),
     ("MAX_MESSAGE_SIZE", "0"), ("MAX_QUEUE_SIZE", "-5"), ("MAX_MESSAGE_RATE", "nan"),
@@ -561,7 +565,7 @@ def test_a_token_comes_in_the_header_or_else_in_the_query(server, path, header, 
 @pytest.mark.parametrize("address, expected", [
     ("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("::ffff:127.0.0.1", True),
     ("::ffff:10.0.0.1", False), ("10.0.0.1", False), ("192.168.1.1", False), ("::", False),
-    ("fe80::1%eth0", False), ("8.8.8.8", False)])
+    ("fe80::1%eth0", False), ("8.8.8.8", False), ("unix", True), ("", False)])
 def test_loopback_addresses_are_known(address, expected):
     assert philote.is_loopback(address) is expected
 
@@ -3618,10 +3622,11 @@ def serving(words=("serve",), **options):
     """Run `philote serve`; what this gives can be dialled like a server in this process."""
     options = {"SECRET": SECRET, "HOST": "127.0.0.1", "PORT": "0", **options}
     with Command(*words, **options) as command:
-        wait_until(lambda: command.says(" port ") or command.is_over())
-        found = re.search(r" port ([0-9]+)", "".join(command.err))
+        wait_until(lambda: command.says(" listens on ") or command.is_over())
+        found = re.search(r" listens on (?:unix:(\S+)|\S+ port ([0-9]+))(?: with TLS)?: ",
+                          "".join(command.err))
         assert found, command.err
-        command.server_address = ("127.0.0.1", int(found[1]))
+        command.server_address = found[1] or ("127.0.0.1", int(found[2]))
         yield command
 
 
@@ -3817,7 +3822,7 @@ def test_a_server_that_is_not_there_is_an_error_that_callers_expect(host, errors
     "", "localhost:6380", "http://localhost", "https://localhost", "ws:", "ws://", "ws:///path",
     "wss://:6380", "ftp://localhost", "ws//localhost", "ws://localhost:port",
     "ws://localhost:99999", "ws://[::1", "ws://localhost/a b", "ws://localhost/\u00e9",
-    "ws://localhost/?x=\0"], ids=ascii)
+    "ws://localhost/?x=\0", "ws+unix:", "ws+unix://run/philote.sock", "ws+unix:a b"], ids=ascii)
 def test_a_bad_url_is_named(url):
     with pytest.raises(philote.PhiloteError) as caught:
         plain_client(url, GOOD)
@@ -4520,6 +4525,56 @@ def test_a_port_that_is_taken_is_one_line_and_1_a_host_that_cannot_be_is_2(host,
         port = str(taken.getsockname()[1])
         line = fails("serve", status=status, says=host, HOST=host, PORT=port, SECRET=SECRET)
         assert line.startswith("HOST: ") if status == 2 else port in line
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    """Where a Unix socket may be; a short one, since a path of one has 107 bytes at most."""
+    monkeypatch.chdir(tmp_path)
+    return "p.sock"
+
+
+def test_over_a_unix_socket_all_is_as_over_tcp(path):
+    with running(host="unix:" + path) as server:
+        assert os.stat(path).st_mode & 0o777 == 0o660
+        with RawClient(server, ["a"]) as reader, plain_client(
+                "ws+unix:" + path, make_token(["b"], ["a"])) as client:
+            client.publish("a", "x" * 1_000_000)
+            assert reader.receive()["data"] == "x" * 1_000_000
+            assert info_of(server)["tcp_port"] is None
+    assert not os.path.exists(path)
+
+
+def test_the_commands_speak_over_a_unix_socket(path):
+    path = os.path.abspath(path)
+    environ = {"SECRET": "", "PHILOTE_URL": "ws+unix:" + path}
+    with serving(HOST="unix:" + path, SECRET="") as server:  # who comes over it counts as local
+        check_commands(**environ)
+        assert run("history", "news", **environ) == (0, "hello\n", "")
+        server.send_signal(signal.SIGTERM)
+        assert server.end()[0] == 0 and not os.path.exists(path)
+        fails("publish", "news", "x", says="No such file", **environ)
+
+
+def test_a_unix_socket_that_nobody_serves_is_replaced_and_one_in_use_is_not(path):
+    path = os.path.abspath(path)
+    for attempt in range(2):  # the second finds what the first, killed, left behind
+        with serving(HOST="unix:" + path) as server:
+            line = fails("serve", says=f"cannot listen on unix:{path}: ", HOST="unix:" + path)
+            assert "in use" in line and is_served(server)
+    os.unlink(path)
+    Path(path).write_text("no socket")
+    fails("serve", says="cannot listen on unix:", HOST="unix:" + path)
+    assert Path(path).read_text() == "no socket"
+
+
+def test_the_file_of_a_successor_is_not_removed(path):
+    with running(host="unix:" + path):
+        os.unlink(path)
+        with running(host="unix:" + path):
+            os.rename(path, "kept.sock")
+            Path(path).touch()
+        assert os.path.exists(path) and os.path.exists("kept.sock")
 
 
 @pytest.fixture
