@@ -3276,15 +3276,18 @@ class Server(socketserver.ThreadingTCPServer):
     """A Philote server. As a context manager it serves from its own threads until the block ends.
 
     It listens from the start: raises OSError where it cannot, and SettingsError where it cannot use
-    a file that the settings name. `server_address` holds the port that it got for port 0. `failure`
-    says why it cannot go on, once that is so.
+    a file that the settings name. `server_address` holds the port that it got for port 0. With a
+    `listener`, a socket that listens already, it serves on that. `failure` says why it cannot go
+    on, once that is so.
     """
 
     allow_reuse_address = True
     request_queue_size = 1024  # connections that the system holds until they are accepted
 
-    def __init__(self, settings: Settings = Settings()) -> None:
+    def __init__(self, settings: Settings = Settings(),
+                 listener: socket.socket | None = None) -> None:
         self.settings = settings
+        self.listener = listener
         self.started = time.monotonic()
         self.numbers = itertools.count(1)  # of the connections; the accepting thread's
         self.stopping = threading.Event()
@@ -3302,7 +3305,9 @@ class Server(socketserver.ThreadingTCPServer):
         self.turn = threading.Lock()  # see take_turn()
         self.tls = _load_certificate(settings)  # for the next newcomer
         self.file: tuple[str, int] | None = None  # of a Unix socket: its path and inode
-        self.address_family, address = _resolve(settings.host, settings.port)
+        self.address_family, address = (
+            _resolve(settings.host, settings.port) if listener is None else
+            (socket.AddressFamily(listener.family), listener.getsockname()))
         super().__init__(address, HTTPHandler)  # type: ignore[arg-type]
         self.poller = Poller(self.fail)
         # A descriptor to refuse with when there is none. The accepting thread's, then stop()'s.
@@ -3311,6 +3316,10 @@ class Server(socketserver.ThreadingTCPServer):
 
     def server_bind(self) -> None:
         """Bind, for all interfaces to IPv4 and IPv6 alike."""
+        if self.listener:
+            self.socket.close()
+            self.socket = self.listener
+            return
         if self.address_family == socket.AF_UNIX:
             path = str(self.server_address)
             _remove_stale_socket(path)
@@ -3513,8 +3522,9 @@ class Server(socketserver.ThreadingTCPServer):
             self.stopped.set()
 
     def _stop_listening(self) -> None:
-        with contextlib.suppress(OSError):  # on Linux this wakes the accepting thread at once
-            self.socket.shutdown(socket.SHUT_RDWR)
+        if not self.listener:  # which may serve the next one, and would serve nobody any more
+            with contextlib.suppress(OSError):  # on Linux this wakes the accepting thread at once
+                self.socket.shutdown(socket.SHUT_RDWR)
         if self.acceptor.is_alive():
             self.acceptor.join(1)
         self.server_close()
@@ -4500,8 +4510,9 @@ def _serve(_: argparse.Namespace) -> int:
     # JSON nested deeply needs it; memory that is not touched costs nothing.
     threading.stack_size(2 << 20)
     _raise_descriptor_limit(settings)
+    listener = _take_listener()
     try:
-        server = Server(settings)
+        server = Server(settings, listener)
     except (OSError, UnicodeError) as error:  # the latter for a name that no host can have
         if isinstance(error, (socket.gaierror, UnicodeError)):
             raise SettingsError(_not_allowed("HOST", settings.host, _HOST[1])) from None
@@ -4514,12 +4525,16 @@ def _serve(_: argparse.Namespace) -> int:
     server.on_failure = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
     with server:
         _greet(server)
+        _notify("READY=1")
         while (caught := signal.sigwait(signals)) == signal.SIGHUP:
+            _notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
             try:
                 log.info("SIGHUP: read %s again; the settings are read at the start",
                          server.reload())
             except SettingsError as error:
                 log.error("SIGHUP: %s; what was read before goes on", error)
+            _notify("READY=1")
+        _notify("STOPPING=1")
         # If all fails, even for want of memory: the system ends the process by SIGALRM.
         signal.alarm(math.ceil(settings.shutdown_timeout) + 3)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -4529,6 +4544,30 @@ def _serve(_: argparse.Namespace) -> int:
     log.info("stopped")
     handler.finish(1)
     return 1 if server.failure else 0
+
+
+def _take_listener() -> socket.socket | None:
+    """Take the socket that systemd listens on for us, where it does (sd_listen_fds(3))."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    if (count := os.environ.get("LISTEN_FDS", "")) != "1":
+        raise SettingsError(_not_allowed("LISTEN_FDS", count, "1, for one socket to serve"))
+    with contextlib.suppress(OSError):
+        sock = socket.socket(fileno=3)
+        sock.set_inheritable(False)
+        if (sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+                and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
+            return sock
+    raise SettingsError("LISTEN_FDS: descriptor 3 is no socket that listens (Accept=no)")
+
+
+def _notify(*lines: str) -> None:
+    """Tell systemd how we are, where it wants to know (sd_notify(3))."""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(
+                socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(1)
+            sock.sendto("\n".join(lines).encode(), re.sub("^@", "\0", path))
 
 
 def _configure_log(settings: Settings) -> BackgroundHandler:

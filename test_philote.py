@@ -3554,12 +3554,13 @@ def at(server):
 class Command(subprocess.Popen):
     """A command as a process. The lines that it says are collected while it runs."""
 
-    def __init__(self, *arguments, launcher=SCRIPT, cwd=HERE, stdout=subprocess.PIPE, **environ):
+    def __init__(self, *arguments, launcher=SCRIPT, cwd=HERE, stdout=subprocess.PIPE, pass_fds=(),
+                 **environ):
         # Nothing is in its environment that could hide or cause something.
         environ = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", **environ}
         super().__init__(
             [*launcher, *arguments], cwd=cwd, stdin=subprocess.PIPE, stdout=stdout,
-            stderr=subprocess.PIPE, encoding="utf-8", errors="surrogateescape",
+            stderr=subprocess.PIPE, encoding="utf-8", errors="surrogateescape", pass_fds=pass_fds,
             env={name: value for name, value in environ.items() if value is not None})
         self.out, self.said = [], []
         self.readers = [
@@ -4575,6 +4576,58 @@ def test_the_file_of_a_successor_is_not_removed(path):
             os.rename(path, "kept.sock")
             Path(path).touch()
         assert os.path.exists(path) and os.path.exists("kept.sock")
+
+
+ACTIVATE = """import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=sys.argv[2])
+os.execv(sys.argv[3], sys.argv[3:])"""  # as systemd does it
+
+
+def activated(sock, count=1):
+    """How a command is started that is handed a socket."""
+    return {"launcher": [sys.executable, "-c", ACTIVATE, str(sock.fileno()), str(count), *SCRIPT],
+            "pass_fds": [sock.fileno()]}
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=lambda family: family.name)
+def test_a_socket_that_is_handed_over_is_served_and_nothing_else_and_outlives_it(path, family):
+    address = path if family == socket.AF_UNIX else ("127.0.0.1", 0)
+    with socket.create_server(address, family=family) as listener, contextlib.ExitStack() as stack:
+        waiting = None
+        for _ in range(2):
+            with serving(HOST="203.0.113.1", PORT="1", **activated(listener)) as server:
+                assert server.server_address == listener.getsockname() and is_served(server)
+                if waiting:
+                    waiting.sendall(http_request("GET", "/health"))
+                    assert waiting.recv(12) == b"HTTP/1.1 200"
+                server.send_signal(signal.SIGTERM)
+                assert server.end()[0] == 0
+            waiting = stack.enter_context(dial(server))
+
+
+def test_what_cannot_be_served_is_named_and_what_is_for_another_process_is_not_touched():
+    with socket.create_server(("127.0.0.1", 0)) as listener, \
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other, open(os.devnull) as file:
+        for sock, count in ((listener, 2), (listener, ""), (other, 1), (file, 1)):
+            fails("serve", status=2, says="LISTEN_FDS: ", **activated(sock, count))
+    with serving(LISTEN_PID="1", LISTEN_FDS="1") as server:
+        assert is_served(server)
+
+
+@pytest.mark.parametrize("where", ["notify.sock", "@philote-{}"])
+def test_systemd_is_told_when_it_is_ready_reloads_and_stops(tmp_path, where):
+    where = where.format(uuid.uuid4()) if where[0] == "@" else str(tmp_path / where)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(where.replace("@", "\0"))
+        sock.settimeout(PATIENCE)
+        with serving(NOTIFY_SOCKET=where) as server:
+            assert sock.recv(999) == b"READY=1" and is_served(server)
+            server.send_signal(signal.SIGHUP)
+            assert re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=[0-9]+", sock.recv(999))
+            assert sock.recv(999) == b"READY=1"
+            server.send_signal(signal.SIGTERM)
+            assert sock.recv(999) == b"STOPPING=1"
 
 
 @pytest.fixture
