@@ -229,6 +229,9 @@ class Settings:
     host: str = _setting("", _HOST, "what to listen on; by default all, IPv4 and IPv6 alike; the "
                          "file of a Unix socket is for its owner and group")
     port: int = _setting(6380, _number(0, 65535), "port to listen on; 0 takes any that is free")
+    reuse_port: bool = _setting(
+        False, _BOOLEAN, "whether others that say so too may listen on the same port; the system "
+        "deals out the newcomers")
     tls_cert: str = _setting("", _FILE, "certificate (PEM) with its chain; then TLS is all that is "
                              "spoken")
     tls_key: str = _setting("", _FILE, "its key, where that does not stand in the same file")
@@ -3330,6 +3333,8 @@ class Server(socketserver.ThreadingTCPServer):
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(
                 socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bool(self.settings.host)))
+        self.socket.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEPORT, int(self.settings.reuse_port))
         super().server_bind()
 
     def server_close(self) -> None:

@@ -1697,7 +1697,7 @@ def test_messages_over_http_beyond_the_rate_come_later_and_delay_nobody_else(ser
 # What the server is doing
 
 INFO = ("version python implementation gil num_cpu pid uptime_in_seconds tcp_port connections "
-        "tls_cert tls_key "
+        "tls_cert tls_key reuse_port "
         "max_connections channels read_buffer_size write_buffer_size check_origin host loglevel "
         "max_message_size max_queue_size max_message_rate ping_interval request_timeout "
         "shutdown_timeout max_subscriptions history_time history_size history_messages "
@@ -4576,6 +4576,20 @@ def test_the_file_of_a_successor_is_not_removed(path):
             os.rename(path, "kept.sock")
             Path(path).touch()
         assert os.path.exists(path) and os.path.exists("kept.sock")
+
+
+def test_servers_share_a_port_where_all_of_them_say_so():
+    def pid():
+        return info_of(first)["pid"]  # of whichever it is
+
+    with serving(REUSE_PORT="true") as first, serving(
+            REUSE_PORT="true", PORT=str(port_of(first))) as second:
+        fails("serve", says="in use", HOST="127.0.0.1", PORT=str(port_of(first)), SECRET=SECRET)
+        wait_until(lambda: pid() == first.pid)
+        wait_until(lambda: pid() == second.pid)
+        first.send_signal(signal.SIGTERM)
+        assert first.end()[0] == 0
+        assert {pid() for _ in range(10)} == {second.pid}
 
 
 ACTIVATE = """import os, sys
