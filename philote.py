@@ -53,6 +53,7 @@ The locks, in the order in which they may be taken while another is held:
                      is made under it
     Outbox.changed   what has not come back from Redis, and whether Redis can be reached
     Connection.lock  a connection's state, its queue, each write to its socket, and its close
+    TLSTransport.lock  the TLS of a connection; nothing else is taken under it
     Poller.lock      what the poller is to do next
     Metrics.lock, LogLimit.lock  a few counters; nothing else is taken under them
 
@@ -115,6 +116,7 @@ import signal
 import socket
 import socketserver
 import ssl
+import stat
 import struct
 import sys
 import termios
@@ -193,6 +195,12 @@ def _parse_origins(text: str) -> bool | tuple[str, ...]:
     return origins
 
 
+def _parse_host(text: str) -> str:
+    if text == _UNIX:
+        raise ValueError
+    return text
+
+
 def _parse_secret(text: str) -> str:
     with contextlib.suppress(jwt.PyJWTError):
         jwt.encode({}, _signing_key(text), algorithm="HS256")  # refuses keys and certificates (PEM)
@@ -233,6 +241,7 @@ def _parse_keys(text: str) -> str:
     return text
 
 
+_UNIX = "unix:"  # what stands before the path of a Unix socket
 _LEVELS = {
     "debug": logging.DEBUG, "info": logging.INFO, "warning": logging.WARNING,
     "error": logging.ERROR, "fatal": logging.CRITICAL, "panic": logging.CRITICAL,
@@ -243,7 +252,8 @@ _SECRET = _parse_secret, "any text that is not a public key, a certificate or a 
 _TEXT = str, "any text"
 _KEYS = _parse_keys, ("the path of a file, or the URL of a JWKS: https://, and http:// on this "
                       "machine")
-_HOST = str, "an address or name of this machine, or nothing for all"
+_HOST = _parse_host, "an address or name of this machine, unix:PATH, or nothing for all"
+_FILE = str, "the path of a file"
 _LEVEL = _parse_level, "one of " + ", ".join(_LEVELS)
 _RATE = _number(0, 10**9, "a number of messages a second (0: no limit)", float)
 _BOOLEAN = _parse_boolean, "true or false"
@@ -270,8 +280,15 @@ class Settings:
                           "these are claims themselves")
     audience: str = _setting("", _TEXT, "what the token's claim aud must be, or hold")
     issuer: str = _setting("", _TEXT, "what the token's claim iss must be")
-    host: str = _setting("", _HOST, "what to listen on; by default all, IPv4 and IPv6 alike")
+    host: str = _setting("", _HOST, "what to listen on; by default all, IPv4 and IPv6 alike; the "
+                         "file of a Unix socket is for its owner and group")
     port: int = _setting(6380, _number(0, 65535), "port to listen on; 0 takes any that is free")
+    reuse_port: bool = _setting(
+        False, _BOOLEAN, "whether others that say so too may listen on the same port; the system "
+        "deals out the newcomers")
+    tls_cert: str = _setting("", _FILE, "certificate (PEM) with its chain; then TLS is all that is "
+                             "spoken")
+    tls_key: str = _setting("", _FILE, "its key, where that does not stand in the same file")
     loglevel: str = _setting("info", _LEVEL, "what the log on standard error says")
     max_connections: int = _setting(
         255, _number(1, 10**6), "WebSockets and event streams at a time")
@@ -972,9 +989,10 @@ _buffers: collections.deque[Any] = collections.deque(maxlen=8)
 
 
 class Transport:
-    """A TCP socket: read by one thread, written by any. wait() waits, and no other call has to."""
+    """A socket: read by one thread, written by any. wait() waits, and no other call has to."""
 
     __slots__ = ("sock", "descriptor")
+    owed = 0  # bytes that send() has begun to write, and wants to be given again
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -984,18 +1002,22 @@ class Transport:
         """Wait until there is something to read, or the end. The bytes stay where they are."""
         self.sock.recv(1, socket.MSG_PEEK)
 
-    def receive(self, size: int) -> bytes:
-        """Read what has come, behind wait(); b"" is the end."""
-        if size > _FULL_READ:
-            return self.sock.recv(size)
+    def receive(self, size: int) -> bytes | None:
+        """Read what has come, behind wait(); b"" is the end, and None that nothing has."""
+        if size <= _FULL_READ:
+            try:
+                buffer = _buffers.pop()
+            except IndexError:
+                buffer = _make_buffer()
+            count = _recv(self.descriptor, buffer, size, _DONTWAIT)
+            data: bytes = buffer[:max(count, 0)]
+            _buffers.append(buffer)
+            if count >= 0:
+                return data
         try:
-            buffer = _buffers.pop()
-        except IndexError:
-            buffer = _make_buffer()
-        count = _recv(self.descriptor, buffer, size, _DONTWAIT)
-        data: bytes = buffer[:max(count, 0)]
-        _buffers.append(buffer)
-        return data if count >= 0 else self.sock.recv(size)  # which raises the error, if it lasts
+            return self.sock.recv(size, _DONTWAIT)  # which raises the error, if it lasts
+        except BlockingIOError:
+            return None
 
     def send(self, data: bytes) -> int:
         """Write what the socket takes at once; returns how many bytes. Raises OSError."""
@@ -1014,6 +1036,11 @@ class Transport:
             return self.sock.sendmsg(buffers, (), _DONTWAIT)
         except BlockingIOError:
             return 0
+
+    def set_tcp(self, option: int, value: int) -> None:
+        """Set an option of TCP, where this is TCP."""
+        if self.sock.family != socket.AF_UNIX:
+            self.sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def unacknowledged(self) -> int:
         """How many bytes were written that the peer's system has not acknowledged."""
@@ -1036,6 +1063,115 @@ class Transport:
     def close(self) -> None:
         """Give the descriptor back to the system."""
         self.sock.close()
+
+
+_RECORD = 16384  # bytes in one record of TLS (RFC 8446, section 5.1)
+_MOST_REPLIES = 65536  # bytes of answers to a peer's TLS, which it provokes and does not read
+_NO_TLS = (b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain\r\n\r\n"
+           b"this port speaks TLS: https:// or wss://\n")
+
+
+class TLSTransport(Transport):
+    """TLS over a socket (RFC 8446), for a server, or for a client that gives the server's name.
+
+    Threads that share a TLS object corrupt its stream or wait for each other. So each call of it is
+    made under one lock, and none of them waits: it reads and writes memory. What came is decrypted
+    as a whole, so nothing is left that wait() would not see. What is sent is encrypted a record at
+    a time, when the socket has taken the one before: what is queued for who does not read waits as
+    plain text, which all subscribers share, and is counted there.
+
+    The handshake is part of receive().
+    """
+
+    __slots__ = ("lock", "incoming", "outgoing", "tls", "encrypted", "owed")
+
+    def __init__(self, sock: socket.socket, context: ssl.SSLContext,
+                 name: str | None = None) -> None:
+        super().__init__(sock)
+        self.lock = threading.Lock()  # guards what follows, and each write to the socket
+        self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = context.wrap_bio(
+            self.incoming, self.outgoing, server_side=name is None, server_hostname=name)
+        self.encrypted = b""  # and not yet taken by the socket
+        self.owed = 0
+
+    def receive(self, size: int) -> bytes | None:
+        """Read and decrypt what has come; None where that is not for us. Raises ssl.SSLError."""
+        data = super().receive(min(size, 2 * _RECORD))
+        parts: list[bytes] = []
+        with self.lock:
+            try:
+                if data:
+                    self.incoming.write(data)
+                elif data is not None:
+                    self.incoming.write_eof()
+                while part := self.tls.read(_RECORD):
+                    parts.append(part)
+            except ssl.SSLWantReadError:
+                return b"".join(parts) or None
+            except ssl.SSLError as error:
+                if error.reason == "HTTP_REQUEST":
+                    super().send(_NO_TLS)
+                if not isinstance(error, (ssl.SSLZeroReturnError, ssl.SSLEOFError)):
+                    raise
+            finally:
+                self._write_encrypted()
+                if len(self.encrypted) + self.outgoing.pending > _MOST_REPLIES:
+                    raise ConnectionError("the peer does not read what its TLS provokes")
+        # The peer's TLS has ended, and that is the end: the next wait() sees it.
+        with contextlib.suppress(OSError):
+            self.sock.shutdown(socket.SHUT_RD)
+        return b"".join(parts)
+
+    def shake_hands(self, size: int) -> bool:
+        """Begin or go on with the handshake of a client; returns whether it is done."""
+        if self.receive(size) == b"":
+            raise ConnectionResetError("the server closed the connection")
+        with self.lock:
+            return self.tls.version() is not None
+
+    def send(self, data: bytes) -> int:
+        """Encrypt and write what the socket takes at once; returns how many bytes of `data`."""
+        return self.send_all((data,))
+
+    def send_all(self, buffers: Sequence[bytes | memoryview]) -> int:
+        """Write the like of many buffers. What is `owed` must be the beginning of them."""
+        sent = 0
+        with self.lock:
+            while self._write_encrypted():
+                sent, self.owed = sent + self.owed, 0
+                if not (data := _slice(buffers, sent, _RECORD)):
+                    break
+                self.owed = self.tls.write(data)
+        return sent
+
+    def end_output(self) -> None:
+        """Send the end of our TLS, and of the connection."""
+        with self.lock, contextlib.suppress(OSError):
+            with contextlib.suppress(ssl.SSLError):  # the peer has not ended its own
+                self.tls.unwrap()
+            self._write_encrypted()
+        super().end_output()
+
+    def _write_encrypted(self) -> bool:
+        # Returns whether the socket has taken all.
+        while self.encrypted or self.outgoing.pending:
+            self.encrypted = self.encrypted or self.outgoing.read()
+            if not (sent := super().send(self.encrypted)):
+                return False
+            self.encrypted = self.encrypted[sent:]
+        return True
+
+
+def _slice(buffers: Sequence[bytes | memoryview], at: int, size: int) -> bytes | memoryview:
+    """Take up to `size` bytes of what the buffers hold together, from `at` on."""
+    parts = list[bytes | memoryview]()
+    for buffer in buffers:
+        if at < len(buffer) and size:
+            parts.append(memoryview(buffer)[at:at + size])
+            size -= len(parts[-1])
+        at = max(0, at - len(buffer))
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 class BusyThreads:
@@ -1136,7 +1272,7 @@ class Connection:
     def __init__(self, server: Server, sock: socket.socket, address: str) -> None:
         self.number = next(server.numbers)
         self.server = server
-        self.transport = Transport(sock)
+        self.transport = TLSTransport(sock, server.tls) if server.tls else Transport(sock)
         self.peer = address
         self.address = address  # of the client, whom a proxy may name; see Admission.rename()
         # Guards what follows but where it says otherwise, each write to the socket, and its close.
@@ -1262,9 +1398,11 @@ class Connection:
             self.wait()
             drop = self.server.stopping.is_set() and self.state is SUBSCRIBED
             data = self.transport.receive(size)
-            self.bytes_received += len(data)
+            if data is None and self.state is not CLOSING:
+                continue
             if not data or self.state is CLOSING:
                 return b""
+            self.bytes_received += len(data)
             self.last_received = time.monotonic()
             if not drop:
                 return data
@@ -1373,8 +1511,11 @@ class Connection:
         self.cut_at, self.patience = time.monotonic() + CLOSING_TIME, patience
         self._move(CLOSING)
         if discard:
-            self.unsent = collections.deque(
-                data for data in self.unsent if isinstance(data, memoryview))  # half written
+            begun, queued, self.unsent = self.transport.owed, self.unsent, collections.deque()
+            for data in queued:
+                if begun > 0 or isinstance(data, memoryview):
+                    self.unsent.append(data)
+                begun -= len(data)
             self.size = sum(len(data) + _OVERHEAD for data in self.unsent)
         self._append(last)
         self._write_unsent()
@@ -2779,8 +2920,7 @@ class Subscriber:
         if interval and hasattr(socket, "TCP_USER_TIMEOUT"):
             # Bytes that a dead peer does not acknowledge would keep the system busy for a quarter
             # of an hour.
-            connection.transport.sock.setsockopt(
-                socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(2000 * interval))
+            connection.transport.set_tcp(socket.TCP_USER_TIMEOUT, int(2000 * interval))
         look = min(interval / 4, _LONGEST_LOOK) if self.past.resumable else interval
         if (pause := min(look or math.inf, self._time_left())) < math.inf:
             self.server.poller.call_at(connection, time.monotonic() + pause)
@@ -3393,7 +3533,7 @@ class HTTPHandler:
 
     def run(self) -> Subscriber | None:
         """Answer requests; returns what the connection becomes, None at its end."""
-        self.connection.transport.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.connection.transport.set_tcp(socket.TCP_NODELAY, 1)
         self.server.poller.call_at(self.connection, self.deadline)
         while True:
             request, self.cors = None, {}
@@ -3574,8 +3714,16 @@ class HTTPHandler:
 MAX_MESSAGES = 10_000  # in the list of one request
 
 
+_UNIX_PEER = "unix"  # stands for the address of whoever comes over a Unix socket
+
+
 def is_loopback(address: str) -> bool:
-    """Whether an IP address is this machine's own (127.0.0.0/8, ::1, the first written as IPv6)."""
+    """Whether an IP address is this machine's own (127.0.0.0/8, ::1, the first written as IPv6).
+
+    Who comes over a Unix socket is on this machine as well.
+    """
+    if address == _UNIX_PEER:
+        return True
     try:
         ip = ipaddress.ip_address(address)
     except ValueError:
@@ -3767,7 +3915,7 @@ def tell_info(handler: HTTPHandler, request: Request) -> Response:
         "implementation": platform.python_implementation(), "gil": _INTERPRETER_LOCK,
         "num_cpu": os.cpu_count(), "pid": os.getpid(),
         "uptime_in_seconds": round(time.monotonic() - server.started),
-        "tcp_port": server.server_address[1],
+        "tcp_port": server.port,
         "connections": totals["open"], "channels": totals["channels"],
         "history_messages": totals["history_messages"], "history_bytes": totals["history_bytes"],
         "history_oldest": encode_id(totals["history_oldest"]) if totals["history_oldest"] else None,
@@ -4105,16 +4253,20 @@ class _Stopped(Exception):
 class Server(socketserver.ThreadingTCPServer):
     """A Philote server. As a context manager it serves from its own threads until the block ends.
 
-    It listens from the start: raises OSError where it cannot. `server_address` holds the port that
-    it got for port 0. `failure` says why it cannot go on, once that is so.
+    It listens from the start: raises OSError where it cannot, and SettingsError where it cannot use
+    a file that the settings name. `server_address` holds the port that it got for port 0. With a
+    `listener`, a socket that listens already, it serves on that. `failure` says why it cannot go
+    on, once that is so.
     """
 
     allow_reuse_address = True
     request_queue_size = 1024  # connections that the system holds until they are accepted
 
     def __init__(self, settings: Settings = Settings(),
+                 listener: socket.socket | None = None,
                  is_over: Callable[[], bool] = lambda: False) -> None:
         self.settings = settings
+        self.listener = listener
         self.started = time.monotonic()
         self.numbers = itertools.count(1)  # of the connections; the accepting thread's
         self.stopping = threading.Event()
@@ -4132,7 +4284,11 @@ class Server(socketserver.ThreadingTCPServer):
         # lock to share.
         self.busy_threads: BusyThreads | None = None
         self.turn = threading.Lock()  # see take_turn()
-        self.address_family, address = _resolve(settings.host, settings.port)
+        self.tls = _load_certificate(settings)  # for the next newcomer
+        self.file: tuple[str, int] | None = None  # of a Unix socket: its path and inode
+        self.address_family, address = (
+            _resolve(settings.host, settings.port) if listener is None else
+            (socket.AddressFamily(listener.family), listener.getsockname()))
         self.log.begin(is_over)
         try:
             super().__init__(address, HTTPHandler)  # type: ignore[arg-type]
@@ -4146,10 +4302,44 @@ class Server(socketserver.ThreadingTCPServer):
 
     def server_bind(self) -> None:
         """Bind, for all interfaces to IPv4 and IPv6 alike."""
+        if self.listener:
+            self.socket.close()
+            self.socket = self.listener
+            return
+        if self.address_family == socket.AF_UNIX:
+            path = str(self.server_address)
+            _remove_stale_socket(path)
+            super().server_bind()
+            os.chmod(path, 0o660)  # nobody can connect yet: it does not listen
+            self.file = path, os.stat(path).st_ino
+            return
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(
                 socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bool(self.settings.host)))
+        self.socket.setsockopt(
+            socket.SOL_SOCKET, socket.SO_REUSEPORT, int(self.settings.reuse_port))
         super().server_bind()
+
+    def server_close(self) -> None:
+        """Close the listening socket; its file is removed, unless it is another's by now."""
+        if self.file:
+            (path, inode), self.file = self.file, None
+            with contextlib.suppress(OSError):
+                if os.stat(path).st_ino == inode:
+                    os.unlink(path)
+        super().server_close()
+
+    @property
+    def port(self) -> int | None:
+        """The port of TCP that it listens on."""
+        return None if isinstance(self.server_address, (str, bytes)) else self.server_address[1]
+
+    @property
+    def where(self) -> str:
+        """What it listens on, for the log."""
+        address: Any = self.server_address
+        return (f"{address[0]} port {self.port}" if self.port is not None else
+                _UNIX + os.fsdecode(address).replace("\0", "@"))
 
     def __enter__(self) -> Server:
         if self.keys.provider:
@@ -4167,6 +4357,18 @@ class Server(socketserver.ThreadingTCPServer):
         with contextlib.suppress(Exception):
             log.critical("the server cannot go on: %s", type(error).__name__)
         self.on_failure()
+
+    def reload(self) -> str:
+        """Read the files of the settings again, for newcomers; returns which, for the log.
+
+        Raises SettingsError where one cannot be used; then what was read before goes on.
+        """
+        tls = _load_certificate(self.settings)
+        self.keys.reload()
+        self.tls = tls
+        return " and ".join(what for what, used in (
+            ("the certificate", tls), ("the public keys", self.settings.public_keys)) if used
+            ) or "nothing"
 
     # The accepting thread. What socketserver calls a request is a connection.
 
@@ -4191,7 +4393,8 @@ class Server(socketserver.ThreadingTCPServer):
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._refuse_for_want_of_descriptors(error)
             raise
-        return Connection(self, sock, address[0].removeprefix("::ffff:")), address
+        name = address[0].removeprefix("::ffff:") if address else _UNIX_PEER
+        return Connection(self, sock, name), address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Start the connection's thread; where the system has none left, refuse it."""
@@ -4212,7 +4415,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what socketserver would print."""
-        log.exception("%s: unexpected error", client_address[0])
+        log.exception("%s: unexpected error", request.address)
 
     def _refuse_for_want_of_descriptors(self, error: OSError) -> None:
         if self.own_log_limit.may_log("descriptors"):
@@ -4233,7 +4436,8 @@ class Server(socketserver.ThreadingTCPServer):
                           {**_CLOSE, **_RETRY})
         self.metrics.refuse(error.code)
         with sock, contextlib.suppress(OSError):
-            sock.send(error.response().encode(), _DONTWAIT)
+            if not self.tls:
+                sock.send(error.response().encode(), _DONTWAIT)
             sock.shutdown(socket.SHUT_WR)
             sock.recv(65536, _DONTWAIT)
 
@@ -4248,6 +4452,9 @@ class Server(socketserver.ThreadingTCPServer):
             subscriber = connection.handler.run()
             if subscriber:
                 subscriber.run()
+        except ssl.SSLError as error:
+            self.refuse(connection.address, HTTPError(
+                400, f"its TLS failed: {_tell_error(error)}", "tls"))
         except OSError:
             pass  # the peer is gone
         except Exception:
@@ -4320,8 +4527,9 @@ class Server(socketserver.ThreadingTCPServer):
             self.stopped.set()
 
     def _stop_listening(self) -> None:
-        with contextlib.suppress(OSError):  # on Linux this wakes the accepting thread at once
-            self.socket.shutdown(socket.SHUT_RDWR)
+        if not self.listener:  # which may serve the next one, and would serve nobody any more
+            with contextlib.suppress(OSError):  # on Linux this wakes the accepting thread at once
+                self.socket.shutdown(socket.SHUT_RDWR)
         if self.acceptor.is_alive():
             self.acceptor.join(1)
         self.server_close()
@@ -4349,12 +4557,56 @@ class Server(socketserver.ThreadingTCPServer):
             time.sleep(0.01)
 
 
+def _remove_stale_socket(path: str) -> None:
+    """Remove the file of a Unix socket on which nobody listens any more."""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
+        if stat.S_ISSOCK(os.lstat(path).st_mode):
+            sock.setblocking(False)
+            try:
+                sock.connect(path)
+            except ConnectionRefusedError:
+                os.unlink(path)
+
+
 def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
+    if host.startswith(_UNIX):
+        return socket.AF_UNIX, host.removeprefix(_UNIX)
     if host or not socket.has_dualstack_ipv6():
         family, _, _, _, address = socket.getaddrinfo(
             host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         return family, address
     return socket.AF_INET6, ("::", port)
+
+
+def _load_certificate(settings: Settings) -> ssl.SSLContext | None:
+    if not settings.tls_cert:
+        if settings.tls_key:
+            raise SettingsError(f"TLS_KEY: {settings.tls_key!r} is of no use without TLS_CERT")
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    context.options |= ssl.OP_NO_RENEGOTIATION
+    context.set_alpn_protocols(["http/1.1"])
+    names = {name: getattr(settings, name.lower()) for name in ("TLS_CERT", "TLS_KEY")}
+    for name, path in names.items():
+        try:
+            open(path or settings.tls_cert, "rb").close()
+        except (OSError, ValueError) as error:  # the latter for a NUL in it
+            raise SettingsError(f"{name}: {path!r} cannot be read: {_tell_error(error)}") from None
+    try:  # the password is for a key that has one: OpenSSL would ask for it at the terminal
+        context.load_cert_chain(settings.tls_cert, settings.tls_key or None, password="")
+    except OSError as error:
+        shown = " with ".join(f"{name}: {path!r}" for name, path in names.items() if path)
+        why = ("the key is another one's" if _tell_error(error) == "key values mismatch" else
+               "a certificate and a key without a password are wanted, both in PEM")
+        raise SettingsError(f"{shown} cannot be used: {why}") from None
+    return context
+
+
+def _tell_error(error: Exception) -> str:
+    reason = getattr(error, "reason", None)  # OpenSSL's, in capitals with underscores
+    return (reason.lower().replace("_", " ") if isinstance(reason, str)
+            else getattr(error, "strerror", None) or str(error))
 
 
 # ------------------------------------------------------------------------------------------- client
@@ -4864,15 +5116,22 @@ def _as_numbers(id: str) -> tuple[int, int]:
     return int(milliseconds or 0), int(counter or 0)
 
 
+_WS_UNIX = "ws+unix"  # the scheme of a URL that names a Unix socket
+
+
 def split_url(url: str) -> urllib.parse.SplitResult:
     """Split the URL of a server. Raises PhiloteError that names it."""
     try:
         parts = urllib.parse.urlsplit(url)
-        if parts.scheme not in ("ws", "wss") or not parts.hostname or parts.port == 0:
+        if parts.scheme == _WS_UNIX:
+            right = bool(parts.path) and not parts.netloc
+        else:
+            right = parts.scheme in ("ws", "wss") and bool(parts.hostname) and parts.port != 0
+        if not right:
             raise ValueError
     except ValueError:
-        raise PhiloteError(
-            f"the URL must begin with ws:// or wss:// and name a host, not {url!r}") from None
+        raise PhiloteError("the URL must begin with ws:// or wss:// and name a host, or be "
+                           f"{_WS_UNIX}:/PATH, not {url!r}") from None
     if not re.fullmatch("[!-~]*", parts.path + parts.query):
         raise PhiloteError(f"the path of the URL must be percent-encoded, not {url!r}")
     return parts
@@ -4895,6 +5154,7 @@ class _Link:
         self.sock = _ClientSocket(_connect_to(url))
         self.texts = self._read_texts()  # messages to the end of the connection; raises OSError
         try:
+            self.sock.shake_hands()
             self._shake_hands(url, token, parameters)
         except BaseException:
             self.sock.abort()
@@ -4904,9 +5164,10 @@ class _Link:
                      parameters: Sequence[tuple[str, str]]) -> None:
         query = "&".join(filter(None, [url.query, urllib.parse.urlencode(parameters)]))
         headers = [(b"Authorization", b"Bearer " + token.encode())] if token else []
+        path = "/" if url.scheme == _WS_UNIX else url.path or "/"
         self.sock.send(self.protocol.send(wsproto.events.Request(
-            host=url.netloc.rpartition("@")[2], extra_headers=headers,
-            target=(url.path or "/") + ("?" + query if query else ""))))
+            host=url.netloc.rpartition("@")[2] or "localhost", extra_headers=headers,
+            target=path + ("?" + query if query else ""))))
         try:
             self.protocol.receive_data(self.sock.read_head())
             event = next(self.protocol.events(), None)
@@ -4962,41 +5223,60 @@ class _Link:
         self.sock.abort()
 
 
-def _connect_to(url: urllib.parse.SplitResult) -> socket.socket:
-    secure = url.scheme == "wss"
+def _dial(url: urllib.parse.SplitResult, port: int) -> socket.socket:
+    if url.scheme != _WS_UNIX:
+        try:
+            return socket.create_connection((url.hostname, url.port or port), _ANSWER_TIME)
+        except UnicodeError:
+            raise PhiloteError(f"{url.hostname!r} cannot be the name of a host") from None
+    sock = socket.socket(socket.AF_UNIX)
     try:
-        sock = socket.create_connection(
-            (url.hostname, url.port or (443 if secure else 80)), _ANSWER_TIME)
-    except UnicodeError:
-        raise PhiloteError(f"{url.hostname!r} cannot be the name of a host") from None
-    if not secure:
-        return sock
-    try:
-        return ssl.create_default_context().wrap_socket(sock, server_hostname=url.hostname)
-    except BaseException as error:
+        sock.settimeout(_ANSWER_TIME)
+        sock.connect(urllib.parse.unquote(url.path))
+    except BaseException:
         sock.close()
-        if getattr(error, "reason", "") == "WRONG_VERSION_NUMBER":
-            raise PhiloteError("the server does not speak TLS at this port; ws:// may do") from None
+        raise
+    return sock
+
+
+def _connect_to(url: urllib.parse.SplitResult) -> Transport:
+    if url.scheme != "wss":
+        return Transport(_dial(url, 80))
+    sock = _dial(url, 443)
+    try:
+        return TLSTransport(sock, ssl.create_default_context(), url.hostname)
+    except BaseException:
+        sock.close()
         raise
 
 
 class _ClientSocket:
-    """A socket, TLS or not, that one thread may read while another writes.
+    """A connection that one thread may read while another writes; each wait for it has an end.
 
-    No thread is ever inside a call of the socket for long, and never two: they wait outside. Two
-    threads inside one TLS connection corrupt it or wait for each other.
+    No thread is ever inside a call of the transport for long: they wait outside.
     """
 
-    def __init__(self, sock: socket.socket) -> None:
-        self.sock = sock
-        self.sock.setblocking(False)
+    def __init__(self, transport: Transport) -> None:
+        self.transport = transport
+        self.transport.sock.setblocking(False)
         self.deadline = time.monotonic() + _ANSWER_TIME  # for the next read; the reader's
-        self.calling = threading.Lock()  # guards the socket and the next three
+        self.calling = threading.Lock()  # guards the transport and the next three
         self.sent = 0  # bytes
         self.waiting = 0  # threads
         self.aborted = False
         self.head = b""  # of the answer to the opening handshake
         self.rest = b""  # what was read behind it
+
+    def shake_hands(self) -> None:
+        """Let TLS begin, where the server shall speak it."""
+        if isinstance(self.transport, TLSTransport):
+            try:
+                self._call(self.transport.shake_hands, _FULL_READ, select.POLLIN, self.deadline)
+            except ssl.SSLError as error:
+                if error.reason == "WRONG_VERSION_NUMBER":
+                    raise PhiloteError("the server does not speak TLS at this port; ws:// may "
+                                       "do") from None
+                raise
 
     def recv(self) -> bytes:
         """Read what there is. Raises OSError, at the end too."""
@@ -5025,7 +5305,7 @@ class _ClientSocket:
     def taken(self) -> int:
         """How many of our bytes the server has taken so far."""
         with self.calling:
-            left = 0 if self.aborted else Transport(self.sock).unacknowledged()
+            left = 0 if self.aborted else self.transport.unacknowledged()
             return self.sent - left
 
     def abort(self) -> None:
@@ -5034,36 +5314,33 @@ class _ClientSocket:
         The last who waits closes the socket: before that, its descriptor must not become another's.
         """
         with self.calling:
-            with contextlib.suppress(OSError):
-                self.sock.shutdown(socket.SHUT_RDWR)
+            self.transport.end()
             self.aborted = True
             if not self.waiting:
-                self.sock.close()
+                self.transport.close()
 
     def send(self, data: bytes) -> None:
         """Write all of it, as soon as the server takes it. Raises OSError."""
         view = memoryview(data)
         while view:
-            sent = self._call(self.sock.send, view, select.POLLOUT, math.inf)
+            sent = self._call(self.transport.send_all, (view,), select.POLLOUT, math.inf)
             with self.calling:
                 self.sent += sent
             view = view[sent:]
 
     def _receive(self) -> bytes:
-        data: bytes = self._call(self.sock.recv, _FULL_READ, select.POLLIN, self.deadline)
+        data: bytes = self._call(self.transport.receive, _FULL_READ, select.POLLIN, self.deadline)
         if not data:
             raise ConnectionResetError("the server closed the connection")
         return data
 
     def _call(self, call: Callable[[Any], Any], argument: Any, event: int, deadline: float) -> Any:
         while True:
-            try:
-                with self.calling:
-                    return call(argument)
-            except (BlockingIOError, ssl.SSLWantReadError, ssl.SSLWantWriteError) as error:
-                if not isinstance(error, BlockingIOError):  # TLS may have to read before it writes
-                    event = (select.POLLIN if isinstance(error, ssl.SSLWantReadError)
-                             else select.POLLOUT)
+            with self.calling:
+                if self.aborted:  # and perhaps closed: its descriptor may be another's
+                    raise ConnectionAbortedError("the connection was closed")
+                if (done := call(argument)) or done == b"":
+                    return done
             self._wait(event, deadline)
 
     def _wait(self, event: int, deadline: float) -> None:
@@ -5071,7 +5348,7 @@ class _ClientSocket:
         with self.calling:
             if self.aborted:
                 raise ConnectionAbortedError("the connection was closed")
-            poll.register(self.sock, event)
+            poll.register(self.transport.sock, event)
             self.waiting += 1
         try:
             left = deadline - time.monotonic()
@@ -5081,7 +5358,7 @@ class _ClientSocket:
             with self.calling:
                 self.waiting -= 1
                 if self.aborted and not self.waiting:
-                    self.sock.close()
+                    self.transport.close()
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -5249,14 +5526,16 @@ def _serve(_: argparse.Namespace) -> int:
     threading.stack_size(2 << 20)
     _raise_descriptor_limit(settings)
     _check_host(settings)
+    listener = _take_listener()
     try:
-        server = Server(settings, is_over=lambda: bool(signal.sigpending() & (
+        server = Server(settings, listener, is_over=lambda: bool(signal.sigpending() & (
             signals - {signal.SIGHUP})))
     except _Stopped:
         handler.finish(1)
         return 0
     except OSError as error:
-        _tell(f"cannot listen on {settings.host or 'all interfaces'}, port {settings.port}: "
+        port = "" if settings.host.startswith(_UNIX) else f", port {settings.port}"
+        _tell(f"cannot listen on {settings.host or 'all interfaces'}{port}: "
               f"{error.strerror or error}")
         return 1
     if _INTERPRETER_LOCK:
@@ -5264,8 +5543,16 @@ def _serve(_: argparse.Namespace) -> int:
     server.on_failure = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
     with server:
         _greet(server)
+        _notify("READY=1")
         while (caught := signal.sigwait(signals)) == signal.SIGHUP:
-            log.info("SIGHUP: there is nothing to read again; the settings are read at the start")
+            _notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+            try:
+                log.info("SIGHUP: read %s again; the settings are read at the start",
+                         server.reload())
+            except SettingsError as error:
+                log.error("SIGHUP: %s; what was read before goes on", error)
+            _notify("READY=1")
+        _notify("STOPPING=1")
         # If all fails, even for want of memory: the system ends the process by SIGALRM.
         signal.alarm(math.ceil(settings.shutdown_timeout) + 3)
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -5275,6 +5562,30 @@ def _serve(_: argparse.Namespace) -> int:
     log.info("stopped")
     handler.finish(1)
     return 1 if server.failure else 0
+
+
+def _take_listener() -> socket.socket | None:
+    """Take the socket that systemd listens on for us, where it does (sd_listen_fds(3))."""
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return None
+    if (count := os.environ.get("LISTEN_FDS", "")) != "1":
+        raise SettingsError(_not_allowed("LISTEN_FDS", count, "1, for one socket to serve"))
+    with contextlib.suppress(OSError):
+        sock = socket.socket(fileno=3)
+        sock.set_inheritable(False)
+        if (sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
+                and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
+            return sock
+    raise SettingsError("LISTEN_FDS: descriptor 3 is no socket that listens (Accept=no)")
+
+
+def _notify(*lines: str) -> None:
+    """Tell systemd how we are, where it wants to know (sd_notify(3))."""
+    if path := os.environ.get("NOTIFY_SOCKET"):
+        with contextlib.suppress(OSError), socket.socket(
+                socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+            sock.settimeout(1)
+            sock.sendto("\n".join(lines).encode(), re.sub("^@", "\0", path))
 
 
 def _configure_log(settings: Settings) -> BackgroundHandler:
@@ -5288,10 +5599,10 @@ def _configure_log(settings: Settings) -> BackgroundHandler:
 
 
 def _greet(server: Server) -> None:
-    settings, (address, port, *_) = server.settings, server.server_address
-    log.info("philote %s on Python %s listens on %s port %d: "
+    settings, where = server.settings, server.where + (" with TLS" if server.tls else "")
+    log.info("philote %s on Python %s listens on %s: "
              "MAX_CONNECTIONS=%d CHECK_ORIGIN=%s SECRET %s PUBLIC_KEYS %s LOGLEVEL=%s",
-             __version__, platform.python_version(), address, port, settings.max_connections,
+             __version__, platform.python_version(), where, settings.max_connections,
              _as_text(settings.check_origin),
              "set" if settings.secret else "empty", "set" if settings.public_keys else "empty",
              settings.loglevel)
@@ -5338,7 +5649,9 @@ def _check(_: argparse.Namespace) -> int:
                                 f"{keys.provider.problem or 'it does not answer in time'}")
     if settings.redis_url:
         where = _check_redis(settings)
-    _print(f"listens on {settings.host or 'all interfaces'}, port {settings.port or 'any'}")
+    tls = _load_certificate(settings)
+    port = "" if settings.host.startswith(_UNIX) else f", port {settings.port or 'any'}"
+    _print(f"listens on {settings.host or 'all interfaces'}{port}{', with TLS' if tls else ''}")
     signers = [name for name, value in (
         ("SECRET", settings.secret), ("OLD_SECRET", settings.old_secret),
         ("PUBLIC_KEYS", settings.public_keys)) if value]
@@ -5396,7 +5709,10 @@ def _health(arguments: argparse.Namespace) -> int:
 def _open_http(arguments: argparse.Namespace) -> http.client.HTTPConnection:
     url = split_url(arguments.url)
     kind = http.client.HTTPSConnection if url.scheme == "wss" else http.client.HTTPConnection
-    return kind(str(url.hostname), url.port, timeout=_ANSWER_TIME)
+    connection = kind(url.hostname or "localhost", url.port, timeout=_ANSWER_TIME)
+    if url.scheme == _WS_UNIX:
+        connection.sock = _dial(url, 0)
+    return connection
 
 
 # philote token

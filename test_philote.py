@@ -65,6 +65,8 @@ SECRET = "a secret of the tests, long enough for every algorithm that there is, 
 NONCE = "dGhlIHNhbXBsZSBub25jZQ=="
 RESET = socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0)  # close() ends with RST
 PATIENCE = 15  # seconds that anything may take on a busy machine
+UNCHECKED = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)  # a client's TLS that asks for no certificate
+UNCHECKED.check_hostname, UNCHECKED.verify_mode = False, ssl.CERT_NONE
 # A shell that runs the tests in the background lets them ignore it; the commands inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -88,13 +90,22 @@ def full(request):
 @pytest.fixture
 def server(request):
     """A server with default settings, but for its secret, host, port, and those of the marker."""
-    with running(**getattr(request, "param", {})) as server:
+    settings = getattr(request, "param", {})
+    if settings.get("tls_cert"):
+        settings = {**settings, "tls_cert": request.getfixturevalue("certificate")}
+    with running(**settings) as server:
         yield server
 
 
 def with_settings(**settings):
     """Give the fixture `server` of a test these settings."""
     return pytest.mark.parametrize("server", [settings], ids=[""], indirect=True)
+
+
+def plain_and_tls(**settings):
+    """The like, with and without TLS."""
+    return pytest.mark.parametrize(
+        "server", [settings, {**settings, "tls_cert": True}], ids=["", "tls"], indirect=True)
 
 
 def port_of(server):
@@ -159,14 +170,16 @@ def upgrade_request(path="/", headers=(), without=(), method="GET"):
 
 
 def dial(server, receive_buffer=None):
-    """Connect a plain socket."""
-    sock = socket.socket()
+    """Connect a socket, with TLS where the server speaks that."""
+    path = server.server_address if isinstance(server.server_address, str) else None
+    sock = socket.socket(socket.AF_UNIX if path else socket.AF_INET)
     if receive_buffer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     sock.settimeout(PATIENCE)
-    sock.connect(("127.0.0.1", port_of(server)))
-    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    return sock
+    sock.connect(path or ("127.0.0.1", port_of(server)))
+    if not path:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    return UNCHECKED.wrap_socket(sock) if getattr(server, "tls", None) else sock
 
 
 def read_response(file):
@@ -431,6 +444,7 @@ def test_the_defaults_are_those_of_the_original():
 
 @pytest.mark.parametrize("name, value, expected", [
     ("SECRET", "s3cret", "s3cret"), ("HOST", "::1", "::1"), ("HOST", "", ""),
+    ("HOST", "unix:/run/philote.sock", "unix:/run/philote.sock"),
     ("PORT", "0", 0), ("PORT", "65535", 65535), ("LOGLEVEL", "debug", "debug"),
     ("LOGLEVEL", "PANIC", "panic"), ("LOGLEVEL", "fatal", "fatal"), ("MAX_CONNECTIONS", "1", 1),
     ("READ_BUFFER_SIZE", "4096", 4096), ("WRITE_BUFFER_SIZE", "1", 1),
@@ -444,7 +458,8 @@ def test_a_setting_is_read(name, value, expected):
 
 
 @pytest.mark.parametrize("name, value", [
-    ("PORT", "65536"), ("PORT", "-1"), ("PORT", "http"), ("PORT", ""), ("PORT", "1_0"),
+    ("HOST", "unix:"), ("PORT", "65536"), ("PORT", "-1"),
+    ("PORT", "http"), ("PORT", ""), ("PORT", "1_0"),
     ("PORT", "\u0661"), ("PORT", "9" * 5000), ("LOGLEVEL", "verbose"), ("MAX_CONNECTIONS", "0"),
     ("MAX_CONNECTIONS", "1.5"), ("READ_BUFFER_SIZE", "0"), ("WRITE_BUFFER_SIZE", "1k"),
     ("MAX_MESSAGE_SIZE", "0"), ("MAX_QUEUE_SIZE", "-5"), ("MAX_MESSAGE_RATE", "nan"),
@@ -560,7 +575,7 @@ def test_a_token_comes_in_the_header_or_else_in_the_query(server, path, header, 
 @pytest.mark.parametrize("address, expected", [
     ("127.0.0.1", True), ("127.9.9.9", True), ("::1", True), ("::ffff:127.0.0.1", True),
     ("::ffff:10.0.0.1", False), ("10.0.0.1", False), ("192.168.1.1", False), ("::", False),
-    ("fe80::1%eth0", False), ("8.8.8.8", False)])
+    ("fe80::1%eth0", False), ("8.8.8.8", False), ("unix", True), ("", False)])
 def test_loopback_addresses_are_known(address, expected):
     assert philote.is_loopback(address) is expected
 
@@ -765,6 +780,21 @@ def test_the_file_is_read_again_and_a_bad_one_changes_nothing(keys_file):
     assert keys.decode(token).read == {"a"}
     with pytest.raises(philote.TokenError):
         keys.decode(signed("rsa2048", "RS256"))
+
+
+def test_sighup_reads_the_keys_again(keys_file):
+    with serving(PUBLIC_KEYS=keys_file) as server:
+        Path(keys_file).write_text("nothing")
+        server.send_signal(signal.SIGHUP)
+        wait_until(lambda: server.says("what was read before goes on"))
+        with RawClient(server, token=signed("rsa2048", "RS256")) as client:
+            Path(keys_file).write_text(public_pem("ed25519"))
+            server.send_signal(signal.SIGHUP)
+            wait_until(lambda: server.says("read the public keys again"))
+            RawClient(server, token=signed("ed25519", "EdDSA")).close()
+            token = signed("rsa2048", "RS256")
+            assert status_of(server, upgrade_request("/?auth=" + token)) == 401
+            assert client.is_quiet()  # it stays
 
 
 @pytest.mark.parametrize("content, says", [
@@ -1289,7 +1319,7 @@ def test_every_case_of_the_autobahn_suite_passes(monkeypatch):
 
 # -------------------------------------------------------------------------- connections and poller
 
-@with_settings(max_queue_size=200_000)
+@plain_and_tls(max_queue_size=200_000)
 def test_a_stalled_subscriber_delays_nobody_and_is_dropped(
         server, undisturbed, slow_reader, reader, writer, caplog, full):
     for i in range(3200 if full else 320):
@@ -1299,7 +1329,7 @@ def test_a_stalled_subscriber_delays_nobody_and_is_dropped(
     assert "slow consumer" in caplog.text
 
 
-@with_settings(max_queue_size=200_000)
+@plain_and_tls(max_queue_size=200_000)
 def test_a_slow_consumer_that_reads_at_last_is_told_why(server, slow_reader, writer):
     while not totals(server)["slow_consumers"]:
         writer.publish("a", "x" * 100_000)
@@ -1335,7 +1365,7 @@ def test_pings_without_end_from_a_peer_that_never_reads_end_it(server, undisturb
     wait_until(lambda: totals(server)["slow_consumers"] == 1)
 
 
-@with_settings(max_queue_size=1 << 24)
+@plain_and_tls(max_queue_size=1 << 24)
 def test_subscribers_that_are_slow_within_the_limit_miss_nothing(server, writer):
     # What is small comes between what is more than the kernel takes for a socket that is not read.
     expected = [str(i).ljust(1000 if i % 15 else 120_000) for i in range(600)]
@@ -1346,6 +1376,107 @@ def test_subscribers_that_are_slow_within_the_limit_miss_nothing(server, writer)
         for reader in readers:
             assert reader.receive_data(len(expected)) == expected
 
+
+# TLS
+
+def wss_of(server):
+    return url_of(server).replace("ws://", "wss://")
+
+
+def client_hello():
+    """How a client begins a handshake."""
+    outgoing = ssl.MemoryBIO()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        UNCHECKED.wrap_bio(ssl.MemoryBIO(), outgoing).do_handshake()
+    return outgoing.read()
+
+
+def dial_plain(server):
+    return socket.create_connection(server.server_address, PATIENCE)
+
+
+@with_settings(tls_cert=True, max_queue_size=300_000)
+def test_through_tls_one_of_thirty_that_never_reads_delays_nobody(
+        server, undisturbed, slow_reader, writer):
+    with many(29, RawClient, server, ["a"]) as readers:
+        for i in range(50):  # 10 MB: more than the system's buffers take
+            writer.publish("a", f"{i} " + "x" * 200_000)
+            assert {reader.receive()["data"].split()[0] for reader in readers} == {str(i)}
+    wait_until(lambda: totals(server)["slow_consumers"] == 1)
+
+
+@with_settings(tls_cert=True, max_queue_size=1 << 30)
+@pytest.mark.parametrize("count, size", [(5000, 10), (1000, 3000), (100, 200_000), (3, 1_048_000)])
+def test_through_tls_messages_go_both_ways_at_once(server, certificate, monkeypatch, count, size):
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    for _ in range(2):
+        exchange_messages(wss_of(server), count, size)
+
+
+@with_settings(tls_cert=True)
+def test_one_byte_in_each_record_of_tls_is_read(undisturbed, reader, writer):
+    for byte in text("a", "x" * 5000):
+        writer.send(bytes([byte]))
+    assert reader.receive()["data"] == "x" * 5000
+
+
+@with_settings(tls_cert=True, request_timeout=0.3)
+@pytest.mark.parametrize("part", [0, 3, 100, None])
+def test_a_handshake_of_tls_that_stalls_is_cut_off(server, undisturbed, part):
+    with dial_plain(server) as sock:
+        sock.sendall(client_hello()[:part])
+        read_all(sock)
+
+
+@with_settings(tls_cert=True)
+def test_at_a_port_for_tls_nothing_is_served_as_plain_text(server, undisturbed, caplog):
+    told = b"HTTP/1.1 400 .*this port speaks TLS.*"
+    for sent, expected in ((http_request("GET", "/health"), told), (upgrade(), told),
+                           (b"PING / HTTP/1.1\r\n\r\n", b""), (frame(1, "x") * 9, b"")):
+        with dial_plain(server) as sock:
+            sock.sendall(sent)
+            assert re.fullmatch(expected, read_all(sock), re.DOTALL)
+    assert refusals(server) == {"tls": 4} and caplog.text.count("its TLS failed: ") == 1
+
+
+@with_settings(tls_cert=True)
+def test_the_end_of_tls_is_the_end_and_is_answered(server, undisturbed, reader):
+    reader.sock.unwrap()  # waits for the server's
+    assert reader.sock.recv(1) == b""
+
+
+@with_settings(tls_cert=True)
+@pytest.mark.parametrize("version", [ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3])
+def test_http_1_1_is_what_is_spoken_over_tls(server, undisturbed, certificate, version):
+    context = ssl.create_default_context(cafile=certificate)
+    context.maximum_version = context.minimum_version = version
+    context.set_alpn_protocols(["h2", "http/1.1"])
+    with context.wrap_socket(dial_plain(server), server_hostname="localhost") as sock:
+        assert sock.selected_alpn_protocol() == "http/1.1"
+        sock.sendall(http_request("GET", "/health", headers={"Connection": "close"}))
+        assert b'"ok"' in read_all(sock)
+
+
+@with_settings(tls_cert=True)
+def test_programs_of_other_people_speak_tls_with_it(server, certificate):
+    host = f"localhost:{port_of(server)}"
+    status, out, err = run("-sS", "--cacert", certificate, f"https://{host}/health",
+                           launcher=["curl"])
+    assert (status, json.loads(out), err) == (0, {"status": "ok"}, "")
+    status, out, _ = run(
+        "s_client", "-connect", host, "-CAfile", certificate, "-verify_return_error", "-quiet",
+        input="GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n", launcher=["openssl"])
+    assert status == 0 and '"ok"' in out
+    context = ssl.create_default_context(cafile=certificate)
+    url = f"wss://{host}/?auth={make_token(['a'], ['a'])}"
+    with websockets.sync.client.connect(url, ssl=context) as one, \
+            websockets.sync.client.connect(url, ssl=context) as two:
+        for data in ("hello", "x" * 900_000):
+            one.send(message("a", data))
+            assert json.loads(two.recv(PATIENCE))["data"] == data
+
+
+# Full connections
 
 @pytest.fixture
 def unserved():
@@ -2045,10 +2176,11 @@ def test_messages_over_http_beyond_the_rate_come_later_and_delay_nobody_else(ser
 # What the server is doing
 
 INFO = ("version python implementation gil num_cpu pid uptime_in_seconds tcp_port connections "
-        "max_connections channels read_buffer_size write_buffer_size check_origin host loglevel "
-        "max_message_size max_queue_size max_message_rate ping_interval request_timeout "
-        "shutdown_timeout max_subscriptions history_time history_size history_messages "
-        "history_bytes history_oldest console resumes resumes_failed gaps redis_key").split()
+        "channels history_messages history_bytes history_oldest resumes resumes_failed gaps "
+        "host reuse_port tls_cert tls_key claim audience issuer loglevel max_connections "
+        "max_message_size max_message_rate max_queue_size max_subscriptions history_time "
+        "history_size redis_key read_buffer_size write_buffer_size check_origin console "
+        "ping_interval request_timeout shutdown_timeout").split()
 
 
 def info_of(server):
@@ -2618,7 +2750,7 @@ def test_nothing_of_one_client_lands_on_the_reused_descriptor_of_another(server,
                 assert newcomer.is_quiet()
 
 
-@with_settings(ping_interval=0)
+@plain_and_tls(ping_interval=0)
 def test_churn_leaves_nothing_behind(server, reader, writer, full):
     """Connects and disconnects, a third of them by RST, while a publisher runs."""
     rounds, each = (200, 100) if full else (8, 50)
@@ -4502,16 +4634,21 @@ def deaf():
         over.set()
 
 
+def make_certificate(path):
+    """Make a certificate for localhost, with its key."""
+    words = (f"openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -out {path} "
+             f"-keyout {path} -addext subjectAltName=DNS:localhost,IP:127.0.0.1")
+    subprocess.run(words.split(), check=True, capture_output=True)
+
+
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory):
     """The path of a certificate for localhost, with its key."""
     if not shutil.which("openssl"):
         pytest.skip("no openssl here")
-    path = tmp_path_factory.mktemp("tls")
-    words = ("openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost -out both.pem "
-             "-keyout both.pem -addext subjectAltName=DNS:localhost,IP:127.0.0.1")
-    subprocess.run(words.split(), cwd=path, check=True, capture_output=True)
-    return str(path / "both.pem")
+    path = tmp_path_factory.mktemp("tls") / "both.pem"
+    make_certificate(path)
+    return str(path)
 
 
 @contextlib.contextmanager
@@ -4555,12 +4692,13 @@ def at(server):
 class Command(subprocess.Popen):
     """A command as a process. The lines that it says are collected while it runs."""
 
-    def __init__(self, *arguments, launcher=SCRIPT, cwd=HERE, stdout=subprocess.PIPE, **environ):
+    def __init__(self, *arguments, launcher=SCRIPT, cwd=HERE, stdout=subprocess.PIPE, pass_fds=(),
+                 **environ):
         # Nothing is in its environment that could hide or cause something.
         environ = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", **environ}
         super().__init__(
             [*launcher, *arguments], cwd=cwd, stdin=subprocess.PIPE, stdout=stdout,
-            stderr=subprocess.PIPE, encoding="utf-8", errors="surrogateescape",
+            stderr=subprocess.PIPE, encoding="utf-8", errors="surrogateescape", pass_fds=pass_fds,
             env={name: value for name, value in environ.items() if value is not None})
         self.out, self.said = [], []
         self.readers = [
@@ -4623,10 +4761,11 @@ def serving(words=("serve",), **options):
     """Run `philote serve`; what this gives can be dialled like a server in this process."""
     options = {"SECRET": SECRET, "HOST": "127.0.0.1", "PORT": "0", **options}
     with Command(*words, **options) as command:
-        wait_until(lambda: command.says(" port ") or command.is_over())
-        found = re.search(r" port ([0-9]+)", "".join(command.err))
+        wait_until(lambda: command.says(" listens on ") or command.is_over())
+        found = re.search(r" listens on (?:unix:(\S+)|\S+ port ([0-9]+))(?: with TLS)?: ",
+                          "".join(command.err))
         assert found, command.err
-        command.server_address = ("127.0.0.1", int(found[1]))
+        command.server_address = found[1] or ("127.0.0.1", int(found[2]))
         yield command
 
 
@@ -4822,7 +4961,7 @@ def test_a_server_that_is_not_there_is_an_error_that_callers_expect(host, errors
     "", "localhost:6380", "http://localhost", "https://localhost", "ws:", "ws://", "ws:///path",
     "wss://:6380", "ftp://localhost", "ws//localhost", "ws://localhost:port",
     "ws://localhost:99999", "ws://[::1", "ws://localhost/a b", "ws://localhost/\u00e9",
-    "ws://localhost/?x=\0"], ids=ascii)
+    "ws://localhost/?x=\0", "ws+unix:", "ws+unix://run/philote.sock", "ws+unix:a b"], ids=ascii)
 def test_a_bad_url_is_named(url):
     with pytest.raises(philote.PhiloteError) as caught:
         plain_client(url, GOOD)
@@ -5547,6 +5686,174 @@ def test_a_port_that_is_taken_is_one_line_and_1_a_host_that_cannot_be_is_2(host,
         port = str(taken.getsockname()[1])
         line = fails("serve", status=status, says=host, HOST=host, PORT=port, SECRET=SECRET)
         assert line.startswith("HOST: ") if status == 2 else port in line
+
+
+@pytest.fixture
+def path(tmp_path, monkeypatch):
+    """Where a Unix socket may be; a short one, since a path of one has 107 bytes at most."""
+    monkeypatch.chdir(tmp_path)
+    return "p.sock"
+
+
+def test_over_a_unix_socket_all_is_as_over_tcp(path):
+    with running(host="unix:" + path) as server:
+        assert os.stat(path).st_mode & 0o777 == 0o660
+        with RawClient(server, ["a"]) as reader, plain_client(
+                "ws+unix:" + path, make_token(["b"], ["a"])) as client:
+            client.publish("a", "x" * 1_000_000)
+            assert reader.receive()["data"] == "x" * 1_000_000
+            assert info_of(server)["tcp_port"] is None
+    assert not os.path.exists(path)
+
+
+def test_the_commands_speak_over_a_unix_socket(path):
+    path = os.path.abspath(path)
+    environ = {"SECRET": "", "PHILOTE_URL": "ws+unix:" + path}
+    with serving(HOST="unix:" + path, SECRET="") as server:  # who comes over it counts as local
+        check_commands(**environ)
+        assert run("history", "news", **environ) == (0, "hello\n", "")
+        server.send_signal(signal.SIGTERM)
+        assert server.end()[0] == 0 and not os.path.exists(path)
+        fails("publish", "news", "x", says="No such file", **environ)
+
+
+def test_a_unix_socket_that_nobody_serves_is_replaced_and_one_in_use_is_not(path):
+    path = os.path.abspath(path)
+    for attempt in range(2):  # the second finds what the first, killed, left behind
+        with serving(HOST="unix:" + path) as server:
+            line = fails("serve", says=f"cannot listen on unix:{path}: ", HOST="unix:" + path)
+            assert "in use" in line and is_served(server)
+    os.unlink(path)
+    Path(path).write_text("no socket")
+    fails("serve", says="cannot listen on unix:", HOST="unix:" + path)
+    assert Path(path).read_text() == "no socket"
+
+
+def test_the_file_of_a_successor_is_not_removed(path):
+    with running(host="unix:" + path):
+        os.unlink(path)
+        with running(host="unix:" + path):
+            os.rename(path, "kept.sock")
+            Path(path).touch()
+        assert os.path.exists(path) and os.path.exists("kept.sock")
+
+
+def test_servers_share_a_port_where_all_of_them_say_so():
+    def pid():
+        return info_of(first)["pid"]  # of whichever it is
+
+    with serving(REUSE_PORT="true") as first, serving(
+            REUSE_PORT="true", PORT=str(port_of(first))) as second:
+        fails("serve", says="in use", HOST="127.0.0.1", PORT=str(port_of(first)), SECRET=SECRET)
+        wait_until(lambda: pid() == first.pid)
+        wait_until(lambda: pid() == second.pid)
+        first.send_signal(signal.SIGTERM)
+        assert first.end()[0] == 0
+        assert {pid() for _ in range(10)} == {second.pid}
+
+
+ACTIVATE = """import os, sys
+os.dup2(int(sys.argv[1]), 3)
+os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS=sys.argv[2])
+os.execv(sys.argv[3], sys.argv[3:])"""  # as systemd does it
+
+
+def activated(sock, count=1):
+    """How a command is started that is handed a socket."""
+    return {"launcher": [sys.executable, "-c", ACTIVATE, str(sock.fileno()), str(count), *SCRIPT],
+            "pass_fds": [sock.fileno()]}
+
+
+@pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=lambda family: family.name)
+def test_a_socket_that_is_handed_over_is_served_and_nothing_else_and_outlives_it(path, family):
+    address = path if family == socket.AF_UNIX else ("127.0.0.1", 0)
+    with socket.create_server(address, family=family) as listener, contextlib.ExitStack() as stack:
+        waiting = None
+        for _ in range(2):
+            with serving(HOST="203.0.113.1", PORT="1", **activated(listener)) as server:
+                assert server.server_address == listener.getsockname() and is_served(server)
+                if waiting:
+                    waiting.sendall(http_request("GET", "/health"))
+                    assert waiting.recv(12) == b"HTTP/1.1 200"
+                server.send_signal(signal.SIGTERM)
+                assert server.end()[0] == 0
+            waiting = stack.enter_context(dial(server))
+
+
+def test_what_cannot_be_served_is_named_and_what_is_for_another_process_is_not_touched():
+    with socket.create_server(("127.0.0.1", 0)) as listener, \
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other, open(os.devnull) as file:
+        for sock, count in ((listener, 2), (listener, ""), (other, 1), (file, 1)):
+            fails("serve", status=2, says="LISTEN_FDS: ", **activated(sock, count))
+    with serving(LISTEN_PID="1", LISTEN_FDS="1") as server:
+        assert is_served(server)
+
+
+@pytest.mark.parametrize("where", ["notify.sock", "@philote-{}"])
+def test_systemd_is_told_when_it_is_ready_reloads_and_stops(tmp_path, where):
+    where = where.format(uuid.uuid4()) if where[0] == "@" else str(tmp_path / where)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        sock.bind(where.replace("@", "\0"))
+        sock.settimeout(PATIENCE)
+        with serving(NOTIFY_SOCKET=where) as server:
+            assert sock.recv(999) == b"READY=1" and is_served(server)
+            server.send_signal(signal.SIGHUP)
+            assert re.fullmatch(rb"RELOADING=1\nMONOTONIC_USEC=[0-9]+", sock.recv(999))
+            assert sock.recv(999) == b"READY=1"
+            server.send_signal(signal.SIGTERM)
+            assert sock.recv(999) == b"STOPPING=1"
+
+
+@pytest.fixture
+def files(tmp_path, certificate):
+    """Files for TLS_CERT and TLS_KEY, good and bad, as a directory."""
+    shutil.copy(certificate, tmp_path / "both.pem")
+    make_certificate(tmp_path / "other.pem")
+    both, other = ((tmp_path / name).read_text() for name in ("both.pem", "other.pem"))
+    key = both.index("-----BEGIN CERTIFICATE")
+    (tmp_path / "key.pem").write_text(both[:key])
+    (tmp_path / "cert.pem").write_text(both[key:])
+    (tmp_path / "cut.pem").write_text(both[:-200])
+    (tmp_path / "empty.pem").write_text("")
+    subprocess.run("openssl rsa -aes256 -passout pass:x -in key.pem -out locked.pem".split(),
+                   cwd=tmp_path, check=True, capture_output=True)
+    return tmp_path
+
+
+@pytest.mark.parametrize("cert, key, says", [
+    ("none.pem", None, "TLS_CERT: "), ("", None, "TLS_CERT: "), ("cert.pem", None, "TLS_CERT: "),
+    ("empty.pem", None, "TLS_CERT: "), ("cut.pem", None, "TLS_CERT: "),
+    ("both.pem", "none.pem", "TLS_KEY: "), (None, "key.pem", "TLS_KEY: "),
+    ("cert.pem", "empty.pem", "TLS_KEY: "), ("cert.pem", "other.pem", "another one's"),
+    ("cert.pem", "locked.pem", "TLS_KEY: ")])
+def test_a_bad_file_for_tls_is_named_with_its_setting_in_one_line_and_2(files, cert, key, says):
+    environ = {name: str(files / path) for name, path in (("TLS_CERT", cert), ("TLS_KEY", key))
+               if path is not None}
+    line = fails("serve", status=2, says=says, PORT="0", SECRET=SECRET, **environ)
+    assert (key or cert) in line and line.startswith("TLS_")
+
+
+def test_sighup_reads_the_certificate_again_for_newcomers(files):
+    def shown():
+        with UNCHECKED.wrap_socket(dial_plain(server)) as sock:
+            return sock.getpeercert(True)
+
+    def reload(path, says):
+        shutil.copy(files / path, files / "in_use.pem")
+        server.said.clear()
+        server.send_signal(signal.SIGHUP)
+        wait_until(lambda: server.says(says))
+
+    shutil.copy(files / "both.pem", files / "in_use.pem")
+    with serving(TLS_CERT=str(files / "in_use.pem")) as server:
+        server.tls = True
+        with RawClient(server, ["a"]) as reader:
+            first = shown()
+            reload("other.pem", "read the certificate again")
+            other = shown()
+            reload("cut.pem", "TLS_CERT: ")
+            assert first != other == shown() and "Traceback" not in "".join(server.said)
+            assert reader.is_quiet() and reader.sock.getpeercert(True) == first
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
