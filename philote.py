@@ -2368,7 +2368,8 @@ class RedisLog(Log):
         self.asked: dict[str, dict[str, int]] = {}
         self.read_count = self.skipped = self.repeated = self.losses = 0
         self.patience, self.rested = 10.0, time.monotonic()  # see _let_read()
-        self.most = settings.max_queue_size >> 1
+        self.most = min(settings.max_queue_size >> 1,  # so that what comes next has room, too
+                        max(0, settings.max_queue_size - 2 * _LARGEST_GATHERED))
         self.threads = [
             threading.Thread(target=self._keep, args=(work,), name=f"philote-{name}", daemon=True)
             for name, work in (("append", self._append_forever), ("read", self._read_forever))]

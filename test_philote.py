@@ -4052,7 +4052,7 @@ def test_while_redis_is_away_publishers_wait_within_bounds_and_all_else_goes_on(
 
 
 def test_who_reads_what_piled_up_during_a_break_is_not_taken_for_slow(store, hasty):
-    texts = [f"{i} {'x' * 1000}" for i in range(3000)]
+    texts = [f"{i} {'x' * 4000}" for i in range(2500)]
     with running(redis_url=store.url, max_queue_size=100_000) as server, \
             RawClient(server, ["a"], receive_buffer=4096) as reader, \
             RawClient(server, write=["a"]) as writer:
