@@ -2004,6 +2004,11 @@ class Log:
         """Why the log cannot be reached; "" where it can."""
         return ""
 
+    @property
+    def now(self) -> int:
+        """The time, as an id."""
+        return _now()
+
     def __init__(self, settings: Settings) -> None:
         # Guards all below, and the order of messages in all queues. One lock for all channels
         # costs no more than one for each: it is held for 50 ns a subscriber, while one system call
@@ -2145,7 +2150,7 @@ class Log:
     def totals(self) -> dict[str, Any]:
         """Count what there is."""
         with self.lock:
-            self.history.trim(_now())
+            self.history.trim(self.now)
             oldest = self.history.groups[self.history.start][0] if self.history.count else 0
             return {
                 "channels": len(self.joined), "history_messages": self.history.count,
@@ -2183,7 +2188,7 @@ class Log:
 
     def _look_back(self, past: Past, names: Iterable[str]) -> tuple[int, bool, list[int]]:
         # Where a replay begins, whether nothing is missing there, and which ids come before it.
-        self.history.trim(_now())
+        self.history.trim(self.now)
         met = past.since is None or self.history.floor <= past.since and (
             past.partly or past.since <= self.position)
         position = self.position
@@ -2503,6 +2508,9 @@ class RedisLog(Log):
         # What others answered, by whom and to what; a dictionary is removed by who asked.
         self.asked: dict[str, dict[str, int]] = {}
         self.read_count = self.skipped = self.repeated = self.losses = 0
+        self.patience, self.rested = 10.0, time.monotonic()  # see _let_read()
+        self.most = min(settings.max_queue_size >> 1,  # so that what comes next has room, too
+                        max(0, settings.max_queue_size - 2 * _LARGEST_GATHERED))
         self.threads = [
             threading.Thread(target=self._keep, args=(work,), name=f"philote-{name}", daemon=True)
             for name, work in (("append", self._append_forever), ("read", self._read_forever))]
@@ -2603,6 +2611,11 @@ class RedisLog(Log):
         return self.failure or (
             f"nothing has come back from Redis for {age:.0f} s" if age > _UNAVAILABLE_TIME else "")
 
+    @property
+    def now(self) -> int:
+        """The time of Redis, as of the last entry: our own clock may be another."""
+        return self.position
+
     def describe(self) -> dict[str, Any]:
         """Say how the log is, and which servers share it."""
         reason, shown = self.reason, ("id", "host", "version", "connections", "since")
@@ -2656,6 +2669,7 @@ class RedisLog(Log):
                 self._fail(error)
             except Exception:
                 log.exception("Redis: unexpected error")
+                self.tell_gap(self.position + 1)  # for what was being delivered
             finally:
                 with contextlib.suppress(self.redis.RedisError, OSError):
                     connection.disconnect()
@@ -2738,8 +2752,8 @@ class RedisLog(Log):
 
     def _make_heartbeat(self, gone: bool = False) -> Outgoing:
         with self.lock:
-            self.history.trim(_now())
-            kept = max(self.history.floor, _now() - self.history.time)
+            self.history.trim(self.now)
+            kept = max(self.history.floor, self.now - self.history.time)
             connections = len(self.issuers)
         floor = min((kept >> _COUNTER_BITS, (kept & _COUNTER) >> _INDEX_BITS), self.cursor)
         about = {
@@ -2797,7 +2811,7 @@ class RedisLog(Log):
     def _receive(self, entries: Sequence[tuple[bytes, list[bytes]]]) -> int:
         # Returns how many bytes they had.
         touched: dict[Connection, Any] = {}
-        size = 0
+        size = written = 0
         for text, fields in entries:
             cursor = _parse_entry_id(text)
             first = cursor[0] << _COUNTER_BITS | cursor[1] << _INDEX_BITS
@@ -2812,10 +2826,31 @@ class RedisLog(Log):
                     log.warning("Redis: the stream %s has entries that no Philote of this version "
                                 "wrote, such as %s; they are skipped", self.key, text.decode())
             self.cursor = cursor
-        self.read_count += len(entries)
-        for connection in touched:
-            connection.flush()
+            self.read_count += 1
+            if size - written >= _LARGEST_GATHERED or text is entries[-1][0]:
+                written = size
+                for connection in touched:
+                    connection.flush()
+                self._let_read(touched)
+                touched.clear()
         return size
+
+    def _let_read(self, connections: Iterable[Connection]) -> None:
+        # What piled up during a break comes all at once. Who reads it is not taken for slow, but
+        # waited for: ten seconds, and two more in each minute.
+        begin = time.monotonic()
+        self.patience = min(10, self.patience + (begin - self.rested) / 30)
+        for connection in connections:
+            sent, moved = connection.sent, begin
+            while connection.size > self.most:
+                now = time.monotonic()
+                if connection.sent != sent:
+                    sent, moved = connection.sent, now
+                if now > moved + 0.5 or now > begin + self.patience:
+                    break
+                time.sleep(0.002)
+        self.rested = time.monotonic()
+        self.patience -= self.rested - begin
 
     def _receive_entry(self, first: int, fields: list[bytes],
                        touched: dict[Connection, Any]) -> None:

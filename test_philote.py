@@ -4183,6 +4183,19 @@ def test_while_redis_is_away_publishers_wait_within_bounds_and_all_else_goes_on(
         assert len([line for line in said if text in line]) == 2, said  # of two servers
 
 
+def test_who_reads_what_piled_up_during_a_break_is_not_taken_for_slow(store, hasty):
+    texts = [f"{i} {'x' * 4000}" for i in range(2500)]
+    with running(redis_url=store.url, max_queue_size=100_000) as server, \
+            RawClient(server, ["a"], receive_buffer=4096) as reader, \
+            RawClient(server, write=["a"]) as writer:
+        store.kill()
+        publish_all(writer, "a", texts)
+        assert writer.is_quiet()
+        with background(lambda: reader.receive_data(len(texts))) as received:
+            store.start()
+        assert received[0].result() == texts
+
+
 def test_a_server_waits_for_redis_at_its_start_and_can_be_ended_meanwhile(store, tmp_path):
     store.kill()
     environ = {"SECRET": SECRET, "HOST": "127.0.0.1", "PORT": "0", "REDIS_URL": store.url}
