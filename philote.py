@@ -44,6 +44,7 @@ The threads, and what each may wait for:
     read
     main        `philote serve` waits for a signal there, then calls Server.stop.
     log         BackgroundHandler: the only thread that waits for standard error.
+    keys        Provider._run, while it fetches the keys of an identity provider.
 
 The locks, in the order in which they may be taken while another is held:
 
@@ -56,6 +57,7 @@ The locks, in the order in which they may be taken while another is held:
     TLSTransport.lock  the TLS of a connection; nothing else is taken under it
     Poller.lock      what the poller is to do next
     Metrics.lock, LogLimit.lock  a few counters; nothing else is taken under them
+    Provider.lock    whether keys are being fetched; nothing else is taken under it
 
 A connection is in one state at a time; see State below for the table, and Connection.move() for
 the one place where it changes.
@@ -4288,10 +4290,10 @@ class _Stopped(Exception):
 class Server(socketserver.ThreadingTCPServer):
     """A Philote server. As a context manager it serves from its own threads until the block ends.
 
-    It listens from the start: raises OSError where it cannot, and SettingsError where it cannot use
-    a file that the settings name. `server_address` holds the port that it got for port 0. With a
-    `listener`, a socket that listens already, it serves on that. `failure` says why it cannot go
-    on, once that is so.
+    It listens from the start: raises OSError where it cannot, SettingsError where it cannot use what
+    the settings name, ImportError and PhiloteError where a package for that is missing. With a
+    `listener`, a socket that listens already, it serves on that. `server_address` holds the port
+    that it got for port 0. `failure` says why it cannot go on, once that is so.
     """
 
     allow_reuse_address = True

@@ -850,7 +850,7 @@ def test_the_commands_make_and_check_tokens_as_the_settings_say(keys_file):
 class KeyServer:
     """An identity provider: an HTTP server of its public keys, whose answer tests replace."""
 
-    def __init__(self):
+    def __init__(self, certificate=None):
         self.count = 0  # requests
         self.answer = self.tell(jwk("rsa2048", "one", use="sig", alg="RS256"))
         outer = self
@@ -866,6 +866,11 @@ class KeyServer:
 
         self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}/keys?key=hush"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self.server.socket = context.wrap_socket(self.server.socket, server_side=True)
+            self.url = self.url.replace("http", "https")
         threading.Thread(target=self.server.serve_forever, args=(0.01,), daemon=True).start()
 
     @staticmethod
@@ -893,7 +898,7 @@ class KeyServer:
         self.answer = wait
         return go_on
 
-    def die(self):
+    def close(self):
         self.server.shutdown()
         self.server.server_close()
 
@@ -902,7 +907,7 @@ class KeyServer:
 def provider():
     provider = KeyServer()
     yield provider
-    provider.die()
+    provider.close()
 
 
 @contextlib.contextmanager
@@ -1045,10 +1050,20 @@ def test_a_provider_that_is_away_ends_nothing_and_is_asked_again(provider, monke
         assert enter(server, "one")[0] == 503
         provider.answer = answer
         assert enter(server, "one") == (200, "")
-        provider.die()
+        provider.close()
         for _ in range(3):
             assert enter(server, "one") == (200, "")
             assert enter(server, "two")[0] == 503
+
+
+def test_a_provider_shows_a_certificate_that_is_trusted_or_is_not_believed(
+        certificate, monkeypatch, caplog):
+    monkeypatch.setattr(philote, "_FETCH_PAUSE", 0)
+    with contextlib.closing(KeyServer(certificate)) as provider, \
+            running(secret="", public_keys=provider.url) as server:
+        assert enter(server, "one")[0] == 503 and "CERTIFICATE_VERIFY_FAILED" in caplog.text
+        monkeypatch.setenv("SSL_CERT_FILE", certificate)
+        assert enter(server, "one") == (200, "")
 
 
 def test_a_server_that_stops_lets_nobody_wait_for_the_provider(provider):
