@@ -476,9 +476,11 @@ def read_public_keys(path: str) -> list[Key]:
     keys: list[Key] = []
     try:
         with open(path, "rb") as file:
-            text = file.read(_MAX_KEYS_SIZE)
+            text = file.read(_MAX_KEYS_SIZE + 1)
     except OSError as error:
         raise SettingsError(f"PUBLIC_KEYS: cannot read {path!r}: {error.strerror}") from None
+    if len(text) > _MAX_KEYS_SIZE:
+        raise SettingsError(f"PUBLIC_KEYS: {path!r} has more than {_MAX_KEYS_SIZE} bytes")
     for part in re.split(b"(?=-----BEGIN )", text)[1:]:
         try:
             if part.startswith(b"-----BEGIN CERTIFICATE"):
@@ -505,15 +507,16 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
 class Provider(jwt.PyJWKClient):
     """An identity provider, who tells its public keys as a JWKS (RFC 7517, section 5).
 
-    PyJWT's client keeps them; but it would let all tokens wait for a fetch, refuse them while the
-    provider is away, and then ask it for each of them. Here a thread of its own fetches, at most
-    once in _FETCH_PAUSE. Who shows a key that is not known waits for that, and nobody else does.
-    What was fetched before is good until the next is there.
+    PyJWT's client understands them. But where it also keeps them, all tokens wait for a fetch, and
+    are refused while the provider is away, which is asked for each of them then. Here a thread of
+    its own fetches, at most once in _FETCH_PAUSE. Who shows a key that is not known waits for that,
+    and nobody else does. What was fetched before is good until the next is there.
     """
 
     def __init__(self, url: str) -> None:
-        super().__init__(url, lifespan=math.inf, timeout=_FETCH_TIME)
+        super().__init__(url, cache_jwk_set=False, timeout=_FETCH_TIME)
         self.name = url.partition("?")[0]
+        self.keys: dict[str, Key] = {}  # by id; replaced as a whole
         self.problem = ""  # why the last fetch brought no keys
         self.lock = threading.Lock()  # guards the next three
         self.under_way: threading.Event | None = None  # a fetch, set at its end
@@ -522,11 +525,11 @@ class Provider(jwt.PyJWKClient):
 
     def find(self, kid: str, wait: _Wait) -> Key:
         """Find a key by its id. Raises TokenError."""
-        now, key = time.monotonic(), self._known(kid)
+        now, key = time.monotonic(), self.keys.get(kid)
         under_way = self.fetch(now, self.fetched + _KEYS_TIME if key else now)
         if not key and under_way:
             wait(_FETCH_TIME, under_way)
-            key = self._known(kid)
+            key = self.keys.get(kid)
         if key:
             return key
         if self.fetched >= now:
@@ -547,7 +550,7 @@ class Provider(jwt.PyJWKClient):
             return self.under_way
 
     def fetch_data(self) -> Any:
-        """Fetch and decode the JWKS, as PyJWT's client does, but within a size and a time."""
+        """Fetch and decode the JWKS as the parent does, but within a size and a time."""
         opener, body = urllib.request.build_opener(_NoRedirects), bytearray()
         end = time.monotonic() + _FETCH_TIME
         with opener.open(self.uri, timeout=_FETCH_TIME) as response:
@@ -555,23 +558,18 @@ class Provider(jwt.PyJWKClient):
                 body += part
                 if len(body) > _MAX_KEYS_SIZE or time.monotonic() > end:
                     raise ValueError(f"more than {_MAX_KEYS_SIZE} bytes, or {_FETCH_TIME} seconds")
-        return self._as_jwk_set_payload(json.loads(body))
-
-    def _known(self, kid: str) -> Key | None:
-        keys = self.jwk_set_cache.get() if self.jwk_set_cache else None
-        for key in keys or ():
-            if key.key_id == kid and key.public_key_use in ("sig", None):
-                return _public_key(key.key)
-        return None
+        return json.loads(body)
 
     # The thread that fetches
 
     def _run(self, begun: float, under_way: threading.Event) -> None:
         fetched = -math.inf
         try:
-            count = len(self.get_jwk_set(refresh=True).keys)
-            fetched, self.problem = begun, ""
-            log.info("PUBLIC_KEYS: %d keys from %s", count, self.name)
+            keys = {str(key.key_id): _public_key(key.key) for key in self.get_signing_keys()}
+            if not any(key.algorithms for key in keys.values()):
+                raise ValueError("none of them is a public key that can be used")
+            self.keys, fetched, self.problem = keys, begun, ""
+            log.info("PUBLIC_KEYS: %d keys from %s", len(keys), self.name)
         except Exception as error:
             self.problem = _on_one_line(str(error)[:200]) or type(error).__name__
             log.warning("PUBLIC_KEYS: no keys from %s, those of before stay valid: %s",
@@ -5681,7 +5679,7 @@ def _check(_: argparse.Namespace) -> int:
         raise SettingsError(f"PUBLIC_KEYS: {error}") from None
     if keys.provider and (under_way := keys.provider.fetch(time.monotonic())):
         under_way.wait(2 * _FETCH_TIME)
-        if not keys.provider.jwk_set_cache or not keys.provider.jwk_set_cache.get():
+        if not keys.provider.keys:
             raise SettingsError(f"PUBLIC_KEYS: no keys from {keys.provider.name}: "
                                 f"{keys.provider.problem or 'it does not answer in time'}")
     if settings.redis_url:
