@@ -4288,9 +4288,9 @@ class _Stopped(Exception):
 class Server(socketserver.ThreadingTCPServer):
     """A Philote server. As a context manager it serves from its own threads until the block ends.
 
-    It listens from the start: raises OSError where it cannot, SettingsError where it cannot use what
-    the settings name, ImportError and PhiloteError where a package for that is missing. With a
-    `listener`, a socket that listens already, it serves on that. `server_address` holds the port
+    It listens from the start: raises OSError where it cannot, SettingsError where it cannot use
+    what the settings name, ImportError and PhiloteError where a package for that is missing. With
+    a `listener`, a socket that listens already, it serves on that. `server_address` holds the port
     that it got for port 0. `failure` says why it cannot go on, once that is so.
     """
 

@@ -976,6 +976,7 @@ def test_the_provider_is_asked_once_a_minute_however_many_keys_nobody_knows(prov
 
 def test_a_key_that_is_new_is_fetched_and_one_that_is_gone_is_forgotten(provider, monkeypatch):
     monkeypatch.setattr(philote, "_FETCH_PAUSE", 0)
+    monkeypatch.setattr(philote, "_FETCH_TIME", 4 * PATIENCE)  # nobody waits for all of that
     with trusting(provider) as server:
         provider.answer = provider.tell(jwk("secp256r1", "two"))
         assert enter(server, "two", "secp256r1", "ES256") == (200, "")
