@@ -5447,6 +5447,19 @@ def _parse_names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
+def _add_token_options(parser: argparse.ArgumentParser) -> None:
+    option = parser.add_argument
+    for right in "read", "write":
+        option(f"--{right}", type=_parse_names, default=[], metavar="A,B",
+               help=f"channels that it may {right}; chat.* is all that begin with chat.")
+    option("--expires", type=_parse_duration, metavar="1h",
+           help="how long it is valid (default: for ever)")
+    option("--api", action="store_true", help="also open /api/info and /metrics")
+    option("--user", default="", metavar="NAME", help="who bears it, as other clients are told")
+    option("--check", metavar="TOKEN",
+           help="say what a token allows instead; - reads it from standard input")
+
+
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="philote", description="WebSocket publish/subscribe server, and the tools for it.",
@@ -5470,16 +5483,7 @@ def _make_parser() -> argparse.ArgumentParser:
         "--url", type=_parse_url,
         default=os.environ.get("PHILOTE_URL", f"ws://localhost:{os.environ.get('PORT', 6380)}"),
         help="server (default: PHILOTE_URL, or ws://localhost with PORT, or 6380)")
-    option = add("token", _token, "print a token signed with SECRET, or check one").add_argument
-    for right in "read", "write":
-        option(f"--{right}", type=_parse_names, default=[], metavar="A,B",
-               help=f"channels that it may {right}; chat.* is all that begin with chat.")
-    option("--expires", type=_parse_duration, metavar="1h",
-           help="how long it is valid (default: for ever)")
-    option("--api", action="store_true", help="also open /api/info and /metrics")
-    option("--user", default="", metavar="NAME", help="who bears it, as other clients are told")
-    option("--check", metavar="TOKEN",
-           help="say what a token allows instead; - reads it from standard input")
+    _add_token_options(add("token", _token, "print a token signed with SECRET, or check one"))
     subscribe = add("subscribe", _subscribe, "print the messages of channels, a line each")
     subscribe.add_argument("--count", type=_parse_count, metavar="N", help="end after N messages")
     history = add("history", _history, "print the messages of channels that the server has kept")
