@@ -1115,7 +1115,8 @@ class TLSTransport(Transport):
                 if not isinstance(error, (ssl.SSLZeroReturnError, ssl.SSLEOFError)):
                     raise
             finally:
-                self._write_encrypted()
+                with contextlib.suppress(OSError):  # which send() will meet, and wait()
+                    self._write_encrypted()
                 if len(self.encrypted) + self.outgoing.pending > _MOST_REPLIES:
                     raise ConnectionError("the peer does not read what its TLS provokes")
         # The peer's TLS has ended, and that is the end: the next wait() sees it.

@@ -1461,9 +1461,26 @@ def test_at_a_port_for_tls_nothing_is_served_as_plain_text(server, undisturbed, 
 
 
 @with_settings(tls_cert=True)
-def test_the_end_of_tls_is_the_end_and_is_answered(server, undisturbed, reader):
-    reader.sock.unwrap()  # waits for the server's
-    assert reader.sock.recv(1) == b""
+def test_the_end_of_tls_is_the_end_and_is_answered(server, undisturbed, reader, writer):
+    if hasattr(socket, "TCP_CORK"):
+        writer.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_CORK, 1)  # all in one packet
+    writer.publish("a", "x")
+    writer.sock.unwrap()  # waits for the server's
+    assert writer.sock.recv(1) == b"" and reader.receive()["data"] == "x"
+
+
+def test_what_tls_answers_to_a_peer_that_does_not_read_is_bounded(certificate):
+    context = philote._load_certificate(philote.Settings(tls_cert=certificate))
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        transport = philote.TLSTransport(ours, context)
+        with contextlib.suppress(BlockingIOError):
+            while True:
+                ours.send(bytes(100_000), socket.MSG_DONTWAIT)  # until it takes no more
+        transport.outgoing.write(bytes(100_000))  # as one that asks for new keys again and again
+        theirs.sendall(client_hello())
+        with pytest.raises(ConnectionError, match="does not read"):
+            transport.receive(9999)
 
 
 @with_settings(tls_cert=True)
@@ -1478,6 +1495,7 @@ def test_http_1_1_is_what_is_spoken_over_tls(server, undisturbed, certificate, v
         assert b'"ok"' in read_all(sock)
 
 
+@pytest.mark.skipif(not shutil.which("curl"), reason="no curl")
 @with_settings(tls_cert=True)
 def test_programs_of_other_people_speak_tls_with_it(server, certificate):
     host = f"localhost:{port_of(server)}"
