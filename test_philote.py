@@ -4812,9 +4812,8 @@ def serving(words=("serve",), **options):
     """Run `philote serve`; what this gives can be dialled like a server in this process."""
     options = {"SECRET": SECRET, "HOST": "127.0.0.1", "PORT": "0", **options}
     with Command(*words, **options) as command:
-        wait_until(lambda: command.says(" listens on ") or command.is_over())
-        found = re.search(r" listens on (?:unix:(\S+)|\S+ port ([0-9]+))(?: with TLS)?: ",
-                          "".join(command.err))
+        wait_until(lambda: command.says(" port ") or command.says(" unix:") or command.is_over())
+        found = re.search(r" unix:(\S+?):? | port ([0-9]+)", "".join(command.err))
         assert found, command.err
         command.server_address = found[1] or ("127.0.0.1", int(found[2]))
         yield command
