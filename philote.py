@@ -5565,8 +5565,9 @@ def _serve(_: argparse.Namespace) -> int:
     # JSON nested deeply needs it; memory that is not touched costs nothing.
     threading.stack_size(2 << 20)
     _raise_descriptor_limit(settings)
-    _check_host(settings)
     listener = _take_listener()
+    if not listener:
+        _check_host(settings)
     try:
         server = Server(settings, listener, is_over=lambda: bool(signal.sigpending() & (
             signals - {signal.SIGHUP})))
@@ -5574,9 +5575,7 @@ def _serve(_: argparse.Namespace) -> int:
         handler.finish(1)
         return 0
     except OSError as error:
-        port = "" if settings.host.startswith(_UNIX) else f", port {settings.port}"
-        _tell(f"cannot listen on {settings.host or 'all interfaces'}{port}: "
-              f"{error.strerror or error}")
+        _tell(f"cannot listen on {_where(settings)}: {error.strerror or error}")
         return 1
     if _INTERPRETER_LOCK:
         server.busy_threads = BusyThreads()
@@ -5585,13 +5584,7 @@ def _serve(_: argparse.Namespace) -> int:
         _greet(server)
         _notify("READY=1")
         while (caught := signal.sigwait(signals)) == signal.SIGHUP:
-            _notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
-            try:
-                log.info("SIGHUP: read %s again; the settings are read at the start",
-                         server.reload())
-            except SettingsError as error:
-                log.error("SIGHUP: %s; what was read before goes on", error)
-            _notify("READY=1")
+            _reload(server)
         _notify("STOPPING=1")
         # If all fails, even for want of memory: the system ends the process by SIGALRM.
         signal.alarm(math.ceil(settings.shutdown_timeout) + 3)
@@ -5602,6 +5595,15 @@ def _serve(_: argparse.Namespace) -> int:
     log.info("stopped")
     handler.finish(1)
     return 1 if server.failure else 0
+
+
+def _reload(server: Server) -> None:
+    _notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
+    try:
+        log.info("SIGHUP: read %s again; the settings are read at the start", server.reload())
+    except SettingsError as error:
+        log.error("SIGHUP: %s; what was read before goes on", error)
+    _notify("READY=1")
 
 
 def _take_listener() -> socket.socket | None:
@@ -5690,8 +5692,7 @@ def _check(_: argparse.Namespace) -> int:
     if settings.redis_url:
         where = _check_redis(settings)
     tls = _load_certificate(settings)
-    port = "" if settings.host.startswith(_UNIX) else f", port {settings.port or 'any'}"
-    _print(f"listens on {settings.host or 'all interfaces'}{port}{', with TLS' if tls else ''}")
+    _print(f"listens on {_where(settings)}{', with TLS' if tls else ''}")
     signers = [name for name, value in (
         ("SECRET", settings.secret), ("OLD_SECRET", settings.old_secret),
         ("PUBLIC_KEYS", settings.public_keys)) if value]
@@ -5723,6 +5724,11 @@ def _as_text(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _where(settings: Settings) -> str:
+    port = "" if settings.host.startswith(_UNIX) else f", port {settings.port or 'any'}"
+    return (settings.host or "all interfaces") + port
+
+
 def _check_host(settings: Settings) -> None:
     try:
         _resolve(settings.host, settings.port)
@@ -5746,13 +5752,21 @@ def _health(arguments: argparse.Namespace) -> int:
     return 0
 
 
+class _UnixHTTPConnection(http.client.HTTPConnection):
+    def __init__(self, url: urllib.parse.SplitResult) -> None:
+        super().__init__("localhost")
+        self.url = url
+
+    def connect(self) -> None:
+        self.sock = _dial(self.url, 0)
+
+
 def _open_http(arguments: argparse.Namespace) -> http.client.HTTPConnection:
     url = split_url(arguments.url)
-    kind = http.client.HTTPSConnection if url.scheme == "wss" else http.client.HTTPConnection
-    connection = kind(url.hostname or "localhost", url.port, timeout=_ANSWER_TIME)
     if url.scheme == _WS_UNIX:
-        connection.sock = _dial(url, 0)
-    return connection
+        return _UnixHTTPConnection(url)
+    kind = http.client.HTTPSConnection if url.scheme == "wss" else http.client.HTTPConnection
+    return kind(str(url.hostname), url.port, timeout=_ANSWER_TIME)
 
 
 # philote token

@@ -5820,7 +5820,7 @@ def test_a_socket_that_is_handed_over_is_served_and_nothing_else_and_outlives_it
     with socket.create_server(address, family=family) as listener, contextlib.ExitStack() as stack:
         waiting = None
         for _ in range(2):
-            with serving(HOST="203.0.113.1", PORT="1", **activated(listener)) as server:
+            with serving(HOST="not read", PORT="1", **activated(listener)) as server:
                 assert server.server_address == listener.getsockname() and is_served(server)
                 if waiting:
                     waiting.sendall(http_request("GET", "/health"))
