@@ -1708,7 +1708,7 @@ def test_whoever_shares_something_waits_for_the_lock_that_guards_it(unserved, na
 # -------------------------------------------------------------------------------------- subscribers
 
 @pytest.mark.parametrize("jump", [0, 3600, -3600])
-@with_settings(ping_interval=0.2)
+@with_settings(ping_interval=0.5)
 def test_heartbeats_keep_a_peer_that_answers_also_when_the_clock_jumps(server, monkeypatch, jump):
     with RawClient(server) as client:
         real = time.time
