@@ -3976,6 +3976,8 @@ def test_two_servers_on_one_redis_are_one(pair):
         both = publish(one, [{"channel": "a", "data": "x"}, {"channel": "b", "data": "\ud800"}])
         assert plain.receive_data(2) == ["x", "\ud800"]
         assert [item["receivers"] for item in both] == [2, 1]
+    with RawClient(one, write=["a"]) as writer:  # whom nothing but the answer is written to
+        assert writer.ask(channel="a", data=1, ref="s")["published"]["ref"] == "s"
     wait_until(lambda: is_empty(one) and is_empty(two))
 
 
