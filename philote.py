@@ -2043,7 +2043,7 @@ class Log:
         receivers = 0
         # What needs no id is encoded before the lock is taken, for those that seem to be there.
         bare = [payload.replace(user, b"", 1) for payload in payloads] if user else payloads
-        encoded = {encoder: encoder.encode(bare) for encoder in tuple(self.joined.get(name, ()))
+        encoded = {encoder: encoder.encode(bare) for encoder in self.joined.get(name, {}).copy()
                    if not encoder.with_ids}
         with self.lock:
             first = first or max(self.position + 1, time.time_ns() // 1_000_000 << _COUNTER_BITS)
@@ -2265,6 +2265,7 @@ class Log:
 
 
 _LARGEST_GATHERED = 65536  # bytes
+_MOST_GATHERED = 1 << 20  # bytes, whatever WRITE_BUFFER_SIZE is; see also _INDEX_BITS
 _MAX_HEADS = 1000
 
 
@@ -2283,7 +2284,7 @@ class Batch:
         self.issuer = issuer
         self.user = f'"user":{_quoted(user)},'.encode() if user else b""
         self.connection = connection  # counts what is published
-        self.least = self.limit = server.settings.write_buffer_size
+        self.least = self.limit = min(server.settings.write_buffer_size, _MOST_GATHERED)
         self.channel = ""
         self.payloads: list[bytes] = []  # consecutive messages to that channel
         self.tells: list[tuple[int, Tell]] = []  # who wants to know of which of them, by index
@@ -2350,13 +2351,19 @@ class Batch:
 #     philote 1 server ID number 0 lift ""          see RedisLog._lift()
 
 _FORMAT = [b"philote", b"1"]
-_KINDS = b"channel", b"heartbeat", b"end", b"ended", b"lift"
+# The kinds of entries, and what their JSON holds at least.
+_KINDS: dict[bytes, dict[str, type]] = {
+    b"channel": {}, b"lift": {}, b"end": {"ask": str, "whom": dict},
+    b"ended": {"ask": str, "count": int}, b"heartbeat": {
+        "id": str, "host": str, "version": str, "connections": int, "since": int, "floor": str,
+        "gone": bool}}
 _INDEX_BITS = 16  # more messages than a batch ever has
 _HEARTBEAT_TIME = 2  # seconds between heartbeats
 _GONE_TIME = 10  # seconds without one, after which a server is taken to be gone
 _UNAVAILABLE_TIME = 5  # seconds for an answer of Redis, and for an entry to come back
 _OUTBOX_SIZE = 1 << 24  # bytes that may wait to come back; publishers are read no further then
 _MOST_ENTRIES, _MOST_BYTES = 500, 1 << 20  # that are appended, or read, at a time
+_LARGEST_IN_REDIS = 1 << 28  # bytes of a message; Redis refuses twice that (proto-max-bulk-len)
 _MOST_SERVERS = 1000  # numbers of more are not remembered if they were not heard of for a day
 
 EntryID = tuple[int, int]  # of the stream: milliseconds and a counter
@@ -2385,6 +2392,29 @@ class Outgoing:
         self.connection = connection  # what those write to
         self.born = time.monotonic()
         self.sent = 0.0  # when it was sent last; 0 where it has to be sent
+
+
+class _Entry:
+    """An entry as it is read. Raises some Exception where it is none."""
+
+    __slots__ = ("server", "number", "kind", "name", "issuer", "user", "payloads", "value")
+
+    def __init__(self, fields: list[bytes]) -> None:
+        if fields[:2] != _FORMAT or fields[6] not in _KINDS:
+            raise ValueError
+        self.server, self.number, self.kind = fields[3], int(fields[5]), fields[6]
+        self.name, self.issuer, self.user = "", "", b""
+        self.payloads, self.value = list[bytes](), dict[str, Any]()
+        if self.kind == b"channel":
+            self.name, self.issuer = fields[7].decode("utf-8", "surrogatepass"), fields[9].decode()
+            self.user, self.payloads = fields[11], fields[13::2]
+        elif self.kind != b"lift":
+            self.value = json.loads(fields[7])
+            for name, kind in _KINDS[self.kind].items():
+                if not isinstance(self.value[name], kind):
+                    raise TypeError
+            _parse_entry_id(self.value.get("floor", "0-0").encode())
+            self.server.decode()
 
 
 class Outbox:
@@ -2444,6 +2474,11 @@ class Outbox:
             self.closed = True
             self.changed.notify()
 
+    def count_messages(self) -> int:
+        """Count the messages that have not come back."""
+        with self.changed:
+            return sum(entry.fields.count(b"message") for entry in self.entries)
+
     def age(self) -> float:
         """How long the oldest entry has waited, in seconds."""
         with self.changed:
@@ -2481,13 +2516,18 @@ class RedisLog(Log):
             raise PhiloteError(
                 "REDIS_URL needs one more package: pip install 'philote[redis]'") from None
         try:
+            # The pool is only asked what the URL says; some options that may stand there are ours.
             # No retries of the library's: what has to be sent again, only the outbox knows.
-            self.pool = self.redis.ConnectionPool.from_url(
-                settings.redis_url, protocol=2, decode_responses=False, retry=None,
-                socket_timeout=_UNAVAILABLE_TIME, socket_connect_timeout=_UNAVAILABLE_TIME)
-            self.address = _describe_address(self.pool.make_connection())
-        except (ValueError, TypeError) as error:
-            raise SettingsError(f"REDIS_URL: what is set is not allowed: {error}") from None
+            pool = self.redis.ConnectionPool.from_url(settings.redis_url)
+            self.connect = functools.partial(pool.connection_class, **{
+                **pool.connection_kwargs, "protocol": 2, "decode_responses": False, "retry": None,
+                "socket_timeout": _UNAVAILABLE_TIME, "socket_connect_timeout": _UNAVAILABLE_TIME})
+            self.address = _describe_address(self.connect())
+        except (ValueError, TypeError, self.redis.RedisError):  # whose text may hold the password
+            raise SettingsError(
+                _not_allowed("REDIS_URL", "", _REDIS[1]) + "; a password has to be "
+                "percent-encoded in it, and what stands behind ? must be options of redis-py"
+            ) from None
         self.key = settings.redis_key
         self.id = uuid.uuid4().hex[:16].encode()
         self.began = round(time.time())
@@ -2509,6 +2549,7 @@ class RedisLog(Log):
         # What others answered, by whom and to what; a dictionary is removed by who asked.
         self.asked: dict[str, dict[str, int]] = {}
         self.read_count = self.skipped = self.repeated = self.losses = 0
+        self.at_end = 0.0  # when there was nothing more to be read
         self.patience, self.rested = 10.0, time.monotonic()  # see _let_read()
         self.most = min(settings.max_queue_size >> 1,  # so that what comes next has room, too
                         max(0, settings.max_queue_size - 2 * _LARGEST_GATHERED))
@@ -2538,7 +2579,7 @@ class RedisLog(Log):
 
     def check(self) -> None:
         """Try whether Redis lets us in. Raises PhiloteError."""
-        connection = self.pool.make_connection()
+        connection = self.connect()
         try:
             connection.connect()
             self._look_at_server(connection)
@@ -2591,19 +2632,20 @@ class RedisLog(Log):
     def drain(self, deadline: float) -> None:
         """Take leave, and wait until all that was published has come back."""
         self.outbox.put(self._make_heartbeat(gone=True))
-        while self.outbox.entries and time.monotonic() < deadline:
-            time.sleep(0.005)
-        if self.outbox.entries:
-            log.error("%d entries have not come back from Redis, and may be lost",
-                      len(self.outbox.entries))
+        while ((lost := self.outbox.count_messages()) or self.outbox.entries and not self.reason
+               ) and time.monotonic() < deadline:
+            time.sleep(0.01)
+        if lost:
+            log.error("%d messages have not come back from Redis, and may be lost", lost)
 
     def close(self) -> None:
         """End the threads."""
         self.closing.set()
         self.outbox.close()
+        end = time.monotonic() + 0.5  # they may be waiting for Redis, and end with the process
         for thread in self.threads:
             if thread.is_alive():
-                thread.join(2)
+                thread.join(max(0, end - time.monotonic()))
 
     @property
     def reason(self) -> str:
@@ -2643,7 +2685,7 @@ class RedisLog(Log):
             self.history.clear(self.position)
             for connection in self.issuers.values():
                 subscriber = connection.handler
-                if isinstance(subscriber, Subscriber) and subscriber.live:
+                if isinstance(subscriber, Subscriber):
                     if subscriber.encoder.with_ids:
                         self.gaps += 1
                         connection.put(subscriber.encode_gap(self.position))
@@ -2662,15 +2704,15 @@ class RedisLog(Log):
     def _keep(self, work: Callable[[Any], None]) -> None:
         # Works with a connection of its own, and with a new one when that fails.
         while not self.closing.is_set():
-            connection = self.pool.make_connection()
+            connection = self.connect()
             try:
                 connection.connect()
                 work(connection)
             except (self.redis.RedisError, OSError, ValueError) as error:
                 self._fail(error)
-            except Exception:
+            except Exception as error:
                 log.exception("Redis: unexpected error")
-                self.tell_gap(self.position + 1)  # for what was being delivered
+                self._fail(error)
             finally:
                 with contextlib.suppress(self.redis.RedisError, OSError):
                     connection.disconnect()
@@ -2747,7 +2789,7 @@ class RedisLog(Log):
     def _look_whether_entries_return(self, now: float) -> None:
         with self.outbox.changed:
             oldest = self.outbox.entries[0].sent if self.outbox.entries else 0
-        if oldest and now > oldest + 2 * _UNAVAILABLE_TIME:
+        if oldest and now > oldest + 2 * _UNAVAILABLE_TIME and self.at_end > oldest + 1:
             self.breaks += 1
             raise NothingCameBack("what was written does not come back")
 
@@ -2759,7 +2801,8 @@ class RedisLog(Log):
         floor = min((kept >> _COUNTER_BITS, (kept & _COUNTER) >> _INDEX_BITS), self.cursor)
         about = {
             "id": self.id.decode(), "host": platform.node(), "version": __version__,
-            "connections": connections, "since": self.began, "floor": floor, "gone": gone}
+            "connections": connections, "since": self.began, "gone": gone,
+            "floor": "{}-{}".format(*floor)}
         return self._make_entry(b"heartbeat", about)
 
     def _make_entry(self, kind: bytes, value: Any) -> Outgoing:
@@ -2768,7 +2811,8 @@ class RedisLog(Log):
 
     def _find_floor(self) -> str:
         # The stream is cut by who keeps most of it.
-        return "{}-{}".format(*min([about["floor"] for about in self._living()], default=(0, 0)))
+        floors = [_parse_entry_id(about["floor"].encode()) for about in self._living()]
+        return "{}-{}".format(*min(floors, default=(0, 0)))
 
     def _living(self) -> list[dict[str, Any]]:
         now = time.monotonic()
@@ -2789,11 +2833,13 @@ class RedisLog(Log):
             answer = self._execute(connection, (
                 "XREAD", "COUNT", count, "BLOCK", 1000, "STREAMS", self.key,
                 "{}-{}".format(*self.cursor)))
-            if answer:
-                size = self._receive(answer[0][1])
-                # More at a time while there is more, but not of large ones.
-                full = len(answer[0][1]) == count and size < _MOST_BYTES >> 1
-                count = min(2 * count, _MOST_ENTRIES) if full else max(10, count >> 1)
+            entries = answer[0][1] if answer else []
+            size = self._receive(entries)
+            if len(entries) < count:
+                self.at_end = time.monotonic()
+            # More at a time while there is more, but not of large ones.
+            more = len(entries) == count and size < _MOST_BYTES >> 1
+            count = min(2 * count, _MOST_ENTRIES) if more else max(10, count >> 1)
 
     def _look_at_server(self, connection: Any) -> None:
         try:
@@ -2820,8 +2866,8 @@ class RedisLog(Log):
                 self.history.floor = self.position = first - 1
             size += sum(map(len, fields))
             try:
-                self._receive_entry(first, fields, touched)
-            except (ValueError, LookupError, TypeError):
+                self._receive_entry(first, _Entry(fields), touched)
+            except Exception:
                 self.skipped += 1
                 if self.skipped == 1:
                     log.warning("Redis: the stream %s has entries that no Philote of this version "
@@ -2853,32 +2899,32 @@ class RedisLog(Log):
         self.rested = time.monotonic()
         self.patience -= self.rested - begin
 
-    def _receive_entry(self, first: int, fields: list[bytes],
-                       touched: dict[Connection, Any]) -> None:
-        server, number, kind, value = fields[3], int(fields[5]), fields[6], fields[7]
-        if fields[:2] != _FORMAT or kind not in _KINDS:
-            raise ValueError
-        if kind == b"lift":
+    def _receive_entry(self, first: int, entry: _Entry, touched: dict[Connection, Any]) -> None:
+        if entry.kind == b"lift":
             self.tell_gap(first - 1)
             return
-        if not self._is_next(server, number, first):
+        if not self._is_next(entry.server, entry.number, first):
             self.repeated += 1
             return
+        own = self.outbox.take_back(entry.number) if entry.server == self.id else None
         receivers = 0
-        if kind == b"channel":
-            _, receivers = self.append(
-                value.decode("utf-8", "surrogatepass"), fields[13::2], fields[9].decode(),
-                fields[11], touched, first)
-        else:
-            self._receive_notice(server, kind, json.loads(value))
-            with self.lock:
-                self.position = first
-        if server == self.id and (entry := self.outbox.take_back(number)):
-            for index, tell in entry.tells:
+        try:
+            if entry.kind == b"channel":
+                _, receivers = self.append(
+                    entry.name, entry.payloads, entry.issuer, entry.user, touched, first)
+            else:
+                self._receive_notice(entry)
+                with self.lock:
+                    self.position = first
+        except Exception:  # for want of memory: some may have it, and others not
+            log.exception("Redis: unexpected error")
+            self.tell_gap(first + max(0, len(entry.payloads) - 1))
+        if own:
+            for index, tell in own.tells:
                 tell(first + index, receivers)
-            if entry.tells and entry.connection:
-                touched[entry.connection] = None
-            self._recover(entry)
+            if own.tells and own.connection:
+                touched[own.connection] = None
+            self._recover(own)
             self.ready.set()
 
     def _is_next(self, server: bytes, number: int, first: int) -> bool:
@@ -2892,16 +2938,17 @@ class RedisLog(Log):
         self.expected[server] = number + 1, time.monotonic()
         return True
 
-    def _receive_notice(self, server: bytes, kind: bytes, about: dict[str, Any]) -> None:
-        if kind == b"heartbeat":
-            self._receive_heartbeat(server, about)
-        elif kind == b"ended":
-            self.asked.get(about["ask"], {})[server.decode()] = about["count"]
+    def _receive_notice(self, entry: _Entry) -> None:
+        value = entry.value
+        if entry.kind == b"heartbeat":
+            self._receive_heartbeat(entry.server, value)
+        elif entry.kind == b"ended":
+            self.asked.get(value["ask"], {})[entry.server.decode()] = value["count"]
         elif self.ready.is_set():  # not what was asked before our time
-            threading.Thread(target=self._end_own, args=(about,), daemon=True).start()
+            threading.Thread(target=self._end_own, args=(value,), daemon=True).start()
 
     def _end_own(self, asked: dict[str, Any]) -> None:
-        count = self.end_own(**asked["whom"])
+        count = self.end_own(asked["whom"].get("user", ""), asked["whom"].get("issuer", ""))
         self.outbox.put(self._make_entry(b"ended", {"ask": asked["ask"], "count": count}))
 
     def _receive_heartbeat(self, server: bytes, about: dict[str, Any]) -> None:
@@ -2923,6 +2970,8 @@ def _describe_address(connection: Any) -> str:
 
 def make_log(settings: Settings) -> Log:
     """Make the log that the settings ask for. Raises SettingsError and PhiloteError."""
+    if settings.redis_url and settings.max_message_size > _LARGEST_IN_REDIS:
+        raise SettingsError(f"MAX_MESSAGE_SIZE: with REDIS_URL it may be {_LARGEST_IN_REDIS}")
     return RedisLog(settings) if settings.redis_url else Log(settings)
 
 

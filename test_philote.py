@@ -4236,6 +4236,48 @@ def test_who_reads_what_piled_up_during_a_break_is_not_taken_for_slow(store, has
         assert received[0].result() == texts
 
 
+def test_redis_may_be_away_for_any_number_of_attempts(store, hasty, monkeypatch):
+    attempts = []
+    options = "?protocol=3&decode_responses=True&socket_timeout=0.01&max_connections=1"
+    with running(redis_url=store.url + options) as server, RawClient(server, ["a"]) as reader:
+        monkeypatch.setattr(philote.random, "uniform", lambda *_: attempts.append(1) or 0.001)
+        store.kill()
+        wait_until(lambda: len(attempts) > 300)
+        store.start()
+        publish_to(server, "a")
+        assert reader.receive_data(1) == [0] and not totals(server)["redis_gaps"]
+
+
+def test_an_entry_that_could_not_be_delivered_is_a_gap_and_comes_once_to_the_others(
+        pair, monkeypatch):
+    one, two = pair
+    with Returner(one, ["a"], "?since=now") as near, RawClient(two, ["a"]) as far:
+        monkeypatch.setattr(one.log, "append", lambda *_: monkeypatch.undo() or [].pop(0))
+        first, second = publish_to(one, "a") + publish_to(one, "a", 1)
+        assert near.receive() == {"gap": {"id": first}}
+        assert near.receive()["id"] == second
+        assert far.receive_data(2) == [0, 1] and far.is_quiet()
+
+
+def test_a_gap_comes_before_what_is_behind_it_to_who_is_catching_up_too(store, hasty):
+    with running(redis_url=store.url, ping_interval=0) as server, \
+            RawClient(server, ["a", "b"], query="?channel=a&since=now",
+                      receive_buffer=4096) as client:
+        client.receive()
+        texts = ["x" * 10_000] * 100
+        for _ in range(5):
+            publish(server, [{"channel": "b", "data": data} for data in texts])
+        client.send(frame(1, json.dumps({"subscribe": ["b"], "since": "10m"})))
+        wait_until(lambda: not any(c.handler.live for c in server.log.issuers.values()))
+        store.do("XADD", "philote", "*", *"philote 1 server x number 5 ended".split(),
+                 '{"ask": "", "count": 0}')  # those before it are missing
+        publish_to(server, "a")
+        seen = []
+        while (item := client.receive()).get("channel") != "a":
+            seen += item
+        assert "gap" in seen
+
+
 def test_a_server_waits_for_redis_at_its_start_and_can_be_ended_meanwhile(store, tmp_path):
     store.kill()
     environ = {"SECRET": SECRET, "HOST": "127.0.0.1", "PORT": "0", "REDIS_URL": store.url}
@@ -4334,12 +4376,16 @@ def test_the_stream_is_cut_by_the_server_that_keeps_most(store, hasty):
 def test_entries_of_others_are_skipped_and_said_once(pair, store, caplog):
     with RawClient(pair[1], ["a"]) as reader:
         for fields in (["a", "b"], ["philote", "2", "server", "x", "number", "1", "channel", "a"],
-                       ["philote", "1", "server", "x", "number", "one", "channel", "a"]):
+                       ["philote", "1", "server", "x", "number", "one", "channel", "a"],
+                       *(["philote", "1", "server", "x", "number", "1", *notice] for notice in (
+                           ["heartbeat", "{}"], ["heartbeat", "5"], ["heartbeat", "["],
+                           ["heartbeat", "[" * 100_000], ["end", "{}"], ["ended", '{"ask": 1}'],
+                           ["channel", "a"]))):
             store.do("XADD", "philote", "*", *fields)
         publish_to(pair[0], "a", 1)
         assert reader.receive()["data"] == 1
     for server in pair:
-        assert totals(server)["redis_skipped"] == 3
+        assert totals(server)["redis_skipped"] == 10 and not totals(server)["redis_gaps"]
     assert caplog.text.count("they are skipped") == 2  # once by each
 
 
@@ -4435,7 +4481,9 @@ def test_redis_with_a_password_a_number_tls_and_a_unix_socket(tmp_path, certific
 
 
 @pytest.mark.parametrize("url", ["http://localhost", "redis://", "localhost:6379", "unix://a",
-                                 "redis://:hidden@localhost?socket_timeout=soon"])
+                                 "redis://:hidden@localhost?socket_timeout=soon",
+                                 "redis://user:hidden/x@localhost:6379/0",
+                                 "rediss://:hidden@localhost/?ssl_cert_reqs=hidden"])
 def test_a_url_of_redis_that_cannot_be_is_refused_and_not_shown(url):
     said = fails("serve", status=2, says="REDIS_URL: what is set is not allowed", REDIS_URL=url)
     assert "hidden" not in said
