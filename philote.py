@@ -2830,8 +2830,8 @@ class RedisLog(Log):
         while not self.closing.is_set():
             if breaks != self.breaks:
                 raise NothingCameBack("what was written does not come back")
-            answer = self._execute(connection, (
-                "XREAD", "COUNT", count, "BLOCK", 1000, "STREAMS", self.key,
+            answer = self._execute(connection, (  # within a fifth of the time that it may take
+                "XREAD", "COUNT", count, "BLOCK", 200 * _UNAVAILABLE_TIME, "STREAMS", self.key,
                 "{}-{}".format(*self.cursor)))
             entries = answer[0][1] if answer else []
             size = self._receive(entries)

@@ -1736,7 +1736,7 @@ def test_a_silent_peer_is_told_1011_and_dropped(server, caplog, reader):
     assert "nothing came for" in caplog.text
 
 
-@with_settings(ping_interval=0.5, max_message_size=1 << 23)
+@with_settings(ping_interval=1, max_message_size=1 << 23)
 def test_a_silent_peer_whose_socket_is_full_is_dropped_too(server, slow_reader):
     with RawClient(server, write=["a"]) as writer:
         writer.publish("a", "x" * 6_000_000)
@@ -4173,6 +4173,22 @@ def test_a_replica_that_lagged_and_was_promoted_is_a_gap_where_something_is_miss
         assert far.receive()["data"] == 2
 
 
+def test_what_is_written_to_another_log_than_is_read_comes_back_in_the_end(
+        store, tmp_path, hasty):
+    with Redis(tmp_path / "other") as other, Proxy(store) as proxy, \
+            running(redis_url=through(proxy)) as server, \
+            Returner(server, ["a"], "?since=now") as client:
+        proxy.server = other  # for the next connection; that of the reader is left where it is
+        for connection in store.do("CLIENT LIST"):
+            if connection["cmd"] not in ("xread", "client|list"):
+                store.do("CLIENT", "KILL", "ID", connection["id"])
+        with RawClient(server, write=["a"]) as writer:
+            writer.publish("a", 0)
+            while "gap" in (item := client.receive()):
+                pass
+        assert item["data"] == 0
+
+
 def test_a_server_that_the_log_was_cut_past_tells_a_gap(store, hasty):
     with Proxy(store) as proxy, running(redis_url=store.url) as one, \
             running(redis_url=through(proxy)) as two, RawClient(two, ["a"]) as plain, \
@@ -4293,7 +4309,8 @@ def test_a_server_waits_for_redis_at_its_start_and_can_be_ended_meanwhile(store,
         wait_until(lambda: command.says(" port "))
 
 
-def test_a_shutdown_appends_delivers_and_only_then_ends(store):
+def test_a_shutdown_appends_delivers_and_only_then_ends(store, monkeypatch):
+    monkeypatch.setattr(philote, "_GONE_TIME", 1000)  # internal
     with running(redis_url=store.url) as two, RawClient(two, ["a"]) as far, \
             serving(REDIS_URL=store.url) as command:
         with RawClient(command, ["a"]) as reader, RawClient(command, write=["a"]) as writer:
