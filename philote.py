@@ -98,6 +98,7 @@ import heapq
 import http
 import http.client
 import importlib
+import io
 import ipaddress
 import itertools
 import json
@@ -198,7 +199,7 @@ def _parse_origins(text: str) -> bool | tuple[str, ...]:
 
 
 def _parse_host(text: str) -> str:
-    if text == _UNIX:
+    if text.startswith(_UNIX) and not 0 < len(os.fsencode(text)) - len(_UNIX) <= 107:  # unix(7)
         raise ValueError
     return text
 
@@ -222,12 +223,18 @@ def _is_bare_key(text: str) -> bool:
     # A public key or a certificate as identity providers show it, PEM without its first and last
     # line: in base64 a sequence of just this length that begins with another (X.690, DER).
     try:
-        data = base64.b64decode("".join(text.split()), validate=True)
+        data = base64.b64decode("".join(text.replace("\\n", "").split()), validate=True)
     except ValueError:
         return False
     long = data[1] & 0x7F if data[1:2] > b"\x80" else 0  # bytes that the length takes
     size = int.from_bytes(data[2:2 + long], "big") if long else (data[1] if data[1:] else -1)
     return data[:1] == b"0" == data[2 + long:3 + long] and len(data) == 2 + long + size
+
+
+def _parse_file(text: str) -> str:
+    if "-----BEGIN" in text or not re.fullmatch("[^\0\n]*", text):  # what should be in a file
+        raise ValueError
+    return text
 
 
 def _parse_keys(text: str) -> str:
@@ -238,9 +245,8 @@ def _parse_keys(text: str) -> str:
             raise ValueError
         if url.scheme != "https" and not (url.scheme == "http" and is_local_name(url.netloc)):
             raise ValueError
-    elif not re.fullmatch("[^\0\n]*", text):  # most likely a key, and not where it is
-        raise ValueError
-    return text
+        return text
+    return _parse_file(text)
 
 
 _UNIX = "unix:"  # what stands before the path of a Unix socket
@@ -255,7 +261,7 @@ _TEXT = str, "any text"
 _KEYS = _parse_keys, ("the path of a file, or the URL of a JWKS: https://, and http:// on this "
                       "machine")
 _HOST = _parse_host, "an address or name of this machine, unix:PATH, or nothing for all"
-_FILE = str, "the path of a file"
+_FILE = _parse_file, "the path of a file"
 _LEVEL = _parse_level, "one of " + ", ".join(_LEVELS)
 _RATE = _number(0, 10**9, "a number of messages a second (0: no limit)", float)
 _BOOLEAN = _parse_boolean, "true or false"
@@ -352,7 +358,7 @@ class Settings:
 
 
 def _not_allowed(name: str, value: str, allowed: str) -> str:
-    secret = name in ("SECRET", "OLD_SECRET", "PUBLIC_KEYS", "REDIS_URL")
+    secret = name in ("SECRET", "OLD_SECRET", "PUBLIC_KEYS", "REDIS_URL", "TLS_CERT", "TLS_KEY")
     shown = "what is set" if secret else repr(value[:80])
     return f"{name}: {shown} is not allowed; it takes {allowed}"
 
@@ -369,6 +375,7 @@ _CURVES = {"secp256r1": ("ES256",), "secp384r1": ("ES384",), "secp521r1": ("ES51
 _PUBLIC = *_RSA, "ES256", "ES384", "ES512", "EdDSA"
 _Wait = Callable[[float, threading.Event], Any]  # for so many seconds, or until the event
 _FETCH_TIME = 5  # seconds that a token waits for an identity provider to tell its keys
+_LONGEST_FETCH = 60  # seconds, after which one that a provider draws out is left alone
 _FETCH_PAUSE = 60  # seconds between two fetches
 _KEYS_TIME = 300  # seconds after which keys are fetched again, though each token's is among them
 _MAX_KEYS_SIZE = 1 << 20  # bytes
@@ -455,6 +462,11 @@ class Key(NamedTuple):
     key: Any
     algorithms: Sequence[str]
 
+    def only(self, algorithm: str | None) -> Key:
+        """Take the key for the one algorithm that it is said to be for (RFC 8725, section 3.1)."""
+        return self if algorithm is None else Key(
+            self.key, [name for name in self.algorithms if name == algorithm])
+
 
 def _public_key(key: Any) -> Key:
     # By its own kind; keys that are too weak, private or secret are for no algorithm.
@@ -517,10 +529,12 @@ class Provider(jwt.PyJWKClient):
         super().__init__(url, cache_jwk_set=False, timeout=_FETCH_TIME)
         self.name = url.partition("?")[0]
         self.keys: dict[str, Key] = {}  # by id; replaced as a whole
+        self.declared: dict[str, Any] = {}  # by id, the algorithm that a key says it is for
         self.problem = ""  # why the last fetch brought no keys
-        self.lock = threading.Lock()  # guards the next three
+        self.lock = threading.Lock()  # guards the next four
         self.under_way: threading.Event | None = None  # a fetch, set at its end
-        self.due = -math.inf  # when the next may begin; these are points of the monotonic clock
+        self.begun = -math.inf  # when it began; these are points of the monotonic clock
+        self.due = -math.inf  # when the next may begin
         self.fetched = -math.inf  # when the last that brought keys had begun
 
     def find(self, kid: str, wait: _Wait) -> Key:
@@ -541,33 +555,43 @@ class Provider(jwt.PyJWKClient):
     def fetch(self, now: float, due: float = -math.inf) -> threading.Event | None:
         """Begin to fetch the keys if that is due; returns what is set at the end, if it is."""
         with self.lock:
-            if not self.under_way and now >= max(due, self.due):
-                self.due = now + _FETCH_PAUSE
-                under_way = threading.Event()
-                with contextlib.suppress(RuntimeError, MemoryError):  # no more threads
-                    _thread.start_new_thread(self._run, (now, under_way))
-                    self.under_way = under_way
+            given_up = now > self.begun + _LONGEST_FETCH  # the one that is under way
+            if now >= max(due, self.due) and (given_up or not self.under_way):
+                self.begun, self.due = now, now + _FETCH_PAUSE
+                self.under_way = threading.Event()
+                try:
+                    _thread.start_new_thread(self._run, (now, self.under_way))
+                except (RuntimeError, MemoryError):  # no more threads
+                    self.under_way = None
             return self.under_way
 
     def fetch_data(self) -> Any:
         """Fetch and decode the JWKS as the parent does, but within a size and a time."""
-        opener, body = urllib.request.build_opener(_NoRedirects), bytearray()
+        # A proxy has a localhost of its own, and what it tells in plain text may be anybody's.
+        direct = [urllib.request.ProxyHandler({})] if self.uri.lower().startswith("http:") else []
+        opener, body = urllib.request.build_opener(_NoRedirects, *direct), bytearray()
+        opener.addheaders = [("User-Agent", f"philote/{__version__}")]
         end = time.monotonic() + _FETCH_TIME
         with opener.open(self.uri, timeout=_FETCH_TIME) as response:
             while part := response.read1(_FULL_READ):
                 body += part
                 if len(body) > _MAX_KEYS_SIZE or time.monotonic() > end:
                     raise ValueError(f"more than {_MAX_KEYS_SIZE} bytes, or {_FETCH_TIME} seconds")
-        return json.loads(body)
+        value = json.loads(body)
+        self.declared = {str(key.get("kid")): key.get("alg") for key in value["keys"]}
+        return value
 
     # The thread that fetches
 
     def _run(self, begun: float, under_way: threading.Event) -> None:
         fetched = -math.inf
         try:
-            keys = {str(key.key_id): _public_key(key.key) for key in self.get_signing_keys()}
+            found = {str(key.key_id): _public_key(key.key) for key in self.get_signing_keys()}
+            keys = {kid: key.only(self.declared.get(kid)) for kid, key in found.items()}
             if not any(key.algorithms for key in keys.values()):
                 raise ValueError("none of them is a public key that can be used")
+            if self.under_way is not under_way:
+                raise ValueError("it took too long")
             self.keys, fetched, self.problem = keys, begun, ""
             log.info("PUBLIC_KEYS: %d keys from %s", len(keys), self.name)
         except Exception as error:
@@ -577,7 +601,8 @@ class Provider(jwt.PyJWKClient):
         finally:
             with self.lock:
                 self.fetched = max(self.fetched, fetched)
-                self.under_way = None
+                if self.under_way is under_way:
+                    self.under_way = None
             under_way.set()
 
 
@@ -612,6 +637,7 @@ class Keyring:
     def reload(self) -> None:
         """Read the public keys again. Raises SettingsError, and goes on with those of before."""
         if self.provider:
+            self.provider.due = -math.inf
             self.provider.fetch(time.monotonic())
         elif self.settings.public_keys:
             self.public_keys = read_public_keys(self.settings.public_keys)
@@ -3887,7 +3913,8 @@ def check_local(request: Request) -> None:
     it made its own name point here (DNS rebinding), by the Host that it asks for. A proxy on this
     machine brings whoever asks it.
     """
-    if any(name in request.headers for name in ("x-forwarded-for", "forwarded", "via")):
+    if any(name in ("forwarded", "via", "x-real-ip") or name.startswith("x-forwarded-")
+           for name in request.headers):
         raise HTTPError(403, "SECRET is not set, so nobody is let in through a proxy", "protected")
     host, origin = request.headers.get("host", "localhost"), request.headers.get("origin")
     if not is_loopback(request.address) or not is_local_name(host):
@@ -4136,7 +4163,8 @@ class Admission:
                 known = self._remove_pending(connection)
                 connection.address = address
                 if known:
-                    self._add_pending(connection)
+                    self.pending.setdefault(address, {})[connection] = None
+                    self.pending_count += 1
 
     def subscribe(self, connection: Connection) -> None:
         """Count a connection as a subscriber's. Raises HTTPError if there is no room."""
@@ -4454,16 +4482,25 @@ class Server(socketserver.ThreadingTCPServer):
         self.on_failure()
 
     def reload(self) -> str:
-        """Read the files of the settings again, for newcomers; returns which, for the log.
+        """Read the files of the settings again, for newcomers; returns what was done, for the log.
 
-        Raises SettingsError where one cannot be used; then what was read before goes on.
+        Raises SettingsError where one cannot be used; what was read of that before goes on.
         """
-        tls = _load_certificate(self.settings)
-        self.keys.reload()
-        self.tls = tls
-        return " and ".join(what for what, used in (
-            ("the certificate", tls), ("the public keys", self.settings.public_keys)) if used
-            ) or "nothing"
+        errors, done = [], []
+        try:
+            self.tls = _load_certificate(self.settings)
+            done += ["read the certificate"] * bool(self.tls)
+        except SettingsError as error:
+            errors.append(str(error))
+        try:
+            self.keys.reload()
+            done += ["asked for the public keys" if self.keys.provider else "read the public keys"
+                     ] * bool(self.settings.public_keys)
+        except SettingsError as error:
+            errors.append(str(error))
+        if errors:
+            raise SettingsError("; ".join(errors))
+        return " and ".join(done) or "there is nothing to read"
 
     # The accepting thread. What socketserver calls a request is a connection.
 
@@ -4482,13 +4519,17 @@ class Server(socketserver.ThreadingTCPServer):
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection; out of descriptors, refuse it."""
+        if self.stopping.is_set():  # the newcomer is the next server's, who gets the same socket
+            raise _Stopped
         try:
             sock, address = super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._refuse_for_want_of_descriptors(error)
             raise
-        name = address[0].removeprefix("::ffff:") if address else _UNIX_PEER
+        # Who comes over a Unix socket may have given his own end any name.
+        name = (_UNIX_PEER if self.address_family == socket.AF_UNIX else
+                address[0].removeprefix("::ffff:"))
         return Connection(self, sock, name), address
 
     def process_request(self, request: Any, client_address: Any) -> None:
@@ -5222,7 +5263,7 @@ def split_url(url: str) -> urllib.parse.SplitResult:
             right = bool(parts.path) and not parts.netloc
         else:
             right = parts.scheme in ("ws", "wss") and bool(parts.hostname) and parts.port != 0
-        if not right:
+        if not right or not re.fullmatch("[^\0- \x7f]*", parts.netloc):
             raise ValueError
     except ValueError:
         raise PhiloteError("the URL must begin with ws:// or wss:// and name a host, or be "
@@ -5571,6 +5612,9 @@ def _make_parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its status."""
     parsed = _make_parser().parse_args(arguments)
+    for stream, errors in (sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace"):
+        if isinstance(stream, io.TextIOWrapper):  # there may be none
+            stream.reconfigure(errors=errors)
     status = 0
     try:
         status = parsed.command(parsed)
@@ -5659,7 +5703,7 @@ def _serve(_: argparse.Namespace) -> int:
 def _reload(server: Server) -> None:
     _notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
-        log.info("SIGHUP: read %s again; the settings are read at the start", server.reload())
+        log.info("SIGHUP: %s again; the settings are read at the start", server.reload())
     except SettingsError as error:
         log.error("SIGHUP: %s; what was read before goes on", error)
     _notify("READY=1")
@@ -5674,6 +5718,7 @@ def _take_listener() -> socket.socket | None:
     with contextlib.suppress(OSError):
         sock = socket.socket(fileno=3)
         sock.set_inheritable(False)
+        sock.setblocking(False)  # another process may have taken the newcomer
         if (sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
                 and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
             return sock
@@ -5796,6 +5841,11 @@ def _check_host(settings: Settings) -> None:
 
 
 def _health(arguments: argparse.Namespace) -> int:
+    def give_up(*_: object) -> NoReturn:
+        raise TimeoutError("the server does not answer in time")
+
+    signal.signal(signal.SIGALRM, give_up)
+    signal.alarm(_ANSWER_TIME)
     connection = _open_http(arguments)
     try:
         connection.request("GET", "/health")
@@ -5920,7 +5970,6 @@ def _show(message: Message, as_json: bool) -> None:
 
 
 def _subscribe(arguments: argparse.Namespace) -> int:
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     left, pause, client = arguments.count or math.inf, _FIRST_PAUSE, None
     while client is None:
         try:
@@ -5947,7 +5996,6 @@ def _subscribe(arguments: argparse.Namespace) -> int:
 
 
 def _history(arguments: argparse.Namespace) -> int:
-    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     connection = _open_http(arguments)
     asked = [*(("channel", name) for name in arguments.channels),
              *(("since", value) for value in [arguments.since] if value),

@@ -997,6 +997,52 @@ def test_keys_are_fetched_again_after_a_while_and_nobody_waits_for_it(provider, 
         wait_until(lambda: enter(server, "one")[0] == 401)
 
 
+def test_a_provider_that_draws_out_its_answer_is_asked_again_and_its_late_one_not_taken(
+        provider, monkeypatch, caplog):
+    monkeypatch.setattr(philote, "_FETCH_PAUSE", 0)
+    with trusting(provider) as server:
+        monkeypatch.setattr(philote, "_LONGEST_FETCH", 0)
+        go_on, over = threading.Event(), threading.Event()
+
+        def drip(handler, answer=provider.answer):
+            handler.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
+            while not go_on.wait(0.05):
+                handler.wfile.write(b"y")
+            handler.wfile.write(b"\r\n")
+            handler.send_response = lambda *_: None
+            answer(handler)
+            over.set()
+
+        provider.answer, count = drip, provider.count
+        monkeypatch.setattr(philote, "_FETCH_TIME", 0.3)
+        assert enter(server, "another")[0] == 503
+        provider.answer = KeyServer.tell(jwk("rsa2048", "another"))
+        assert enter(server, "another") == (200, "") and provider.count == count + 2
+        go_on.set()
+        assert over.wait(PATIENCE)
+        wait_until(lambda: "those of before stay valid" in caplog.text)
+        assert enter(server, "another") == (200, "")
+
+
+def test_keys_of_this_machine_are_not_asked_for_through_a_proxy(provider):
+    with serving(SECRET="", PUBLIC_KEYS=provider.url, http_proxy=free_url().replace("ws", "http"),
+                 no_proxy=None) as server:
+        wait_until(lambda: server.says("PUBLIC_KEYS: 1 keys from"))
+        count = provider.count
+        server.send_signal(signal.SIGHUP)  # at once, also within the minute
+        wait_until(lambda: server.says("asked for the public keys again"))
+        wait_until(lambda: provider.count == count + 1)
+
+
+def test_a_key_is_for_the_one_algorithm_that_its_provider_names(provider, monkeypatch):
+    monkeypatch.setattr(philote, "_FETCH_PAUSE", 0)
+    provider.answer = KeyServer.tell(jwk("rsa2048", "one", alg="PS256"))
+    with running(secret="", public_keys=provider.url) as server:
+        for algorithm, status in ("PS256", 101), ("PS384", 401), ("RS256", 401):
+            token = signed("rsa2048", algorithm, "one")
+            assert status_of(server, upgrade_request("/?auth=" + token)) == status
+
+
 def test_while_one_waits_for_the_provider_nobody_else_does(provider, monkeypatch, caplog):
     monkeypatch.setattr(philote, "_FETCH_PAUSE", 0)
     with trusting(provider) as server, dial(server) as waiting, dial(server) as gone:
@@ -3208,7 +3254,7 @@ def test_without_a_secret_no_page_of_another_site_is_let_in(host, origin, expect
 
 @pytest.mark.parametrize("headers", [
     {"X-Forwarded-For": "127.0.0.1"}, {"X-Forwarded-For": ""}, {"Forwarded": "for=127.0.0.1"},
-    {"Via": "1.1 proxy"}], ids=str)
+    {"Via": "1.1 proxy"}, {"X-Forwarded-Host": "a.example"}, {"X-Real-IP": "127.0.0.1"}], ids=str)
 def test_without_a_secret_nobody_is_let_in_through_a_proxy(server, headers):
     token = philote.new_token("", ["a"])
     assert status_of(server, upgrade_request("/?auth=" + GOOD, headers)) == 101
@@ -5066,7 +5112,7 @@ def test_what_is_no_websocket_server_is_an_error_that_callers_expect(answer):
 
 @pytest.mark.parametrize("host, errors", [
     ("127.0.0.1", ConnectionRefusedError), ("nowhere.invalid", OSError),
-    *[(host, (philote.PhiloteError, OSError)) for host in ("a..b", "a" * 70, "local host")]])
+    *[(host, (philote.PhiloteError, OSError)) for host in ("a..b", "a" * 70)]])
 def test_a_server_that_is_not_there_is_an_error_that_callers_expect(host, errors):
     url = free_url(host)
     with pytest.raises(errors):
@@ -5076,7 +5122,7 @@ def test_a_server_that_is_not_there_is_an_error_that_callers_expect(host, errors
 
 @pytest.mark.parametrize("url", [
     "", "localhost:6380", "http://localhost", "https://localhost", "ws:", "ws://", "ws:///path",
-    "wss://:6380", "ftp://localhost", "ws//localhost", "ws://localhost:port",
+    "wss://:6380", "ftp://localhost", "ws//localhost", "ws://localhost:port", "ws://local host",
     "ws://localhost:99999", "ws://[::1", "ws://localhost/a b", "ws://localhost/\u00e9",
     "ws://localhost/?x=\0", "ws+unix:", "ws+unix://run/philote.sock", "ws+unix:a b"], ids=ascii)
 def test_a_bad_url_is_named(url):
@@ -5812,6 +5858,30 @@ def path(tmp_path, monkeypatch):
     return "p.sock"
 
 
+def test_whoever_names_his_end_of_a_unix_socket_is_local_too(path):
+    with running(host="unix:" + path, secret="") as server:
+        for name in "", "\0philote-test-" + uuid.uuid4().hex, "named.sock":
+            with socket.socket(socket.AF_UNIX) as sock:
+                sock.bind(name)
+                sock.connect(path)
+                sock.sendall(upgrade_request("/?auth=" + philote.new_token("", ["a"])))
+                assert sock.recv(12) == b"HTTP/1.1 101"
+        assert server.failure is None
+
+
+def test_who_comes_when_a_server_is_ending_is_the_next_ones():
+    settings = philote.Settings(secret=SECRET)
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as sock:
+        with philote.Server(settings, listener.dup()) as first:
+            first.stopping.set()  # internal: as at the beginning of stop()
+            sock.connect(listener.getsockname())
+            sock.sendall(http_request("GET", "/health"))
+            wait_until(lambda: not first.acceptor.is_alive())
+            first.stopping.clear()
+        with philote.Server(settings, listener.dup()), sock.makefile("rb") as file:
+            assert read_response(file)[0] == 200
+
+
 def test_over_a_unix_socket_all_is_as_over_tcp(path):
     with running(host="unix:" + path) as server:
         assert os.stat(path).st_mode & 0o777 == 0o660
@@ -5935,6 +6005,13 @@ def files(tmp_path, certificate):
     subprocess.run("openssl rsa -aes256 -passout pass:x -in key.pem -out locked.pem".split(),
                    cwd=tmp_path, check=True, capture_output=True)
     return tmp_path
+
+
+@pytest.mark.parametrize("name", ["TLS_CERT", "TLS_KEY", "PUBLIC_KEYS"])
+def test_a_key_where_its_path_should_be_is_not_shown(name):
+    for line_end in "\n", "\\n":
+        key = f"-----BEGIN PRIVATE KEY-----{line_end}hidden{line_end}"
+        assert "hidden" not in fails("serve", status=2, says=name, **{name: key})
 
 
 @pytest.mark.parametrize("cert, key, says", [
