@@ -1480,6 +1480,15 @@ def test_through_tls_messages_go_both_ways_at_once(server, certificate, monkeypa
         exchange_messages(wss_of(server), count, size)
 
 
+@pytest.mark.parametrize("size", [100, 20_000])
+@with_settings(tls_cert=True, max_queue_size=1 << 26)
+def test_who_reads_late_through_tls_gets_each_message_once(server, slow_reader, writer, size):
+    texts = [f"{i} {'x' * size}" for i in range(8_000_000 // size)][:20_000]
+    publish_all(writer, "a", texts)
+    wait_until(lambda: totals(server)["published"] == len(texts))
+    assert slow_reader.receive_data(len(texts)) == texts
+
+
 @with_settings(tls_cert=True)
 def test_one_byte_in_each_record_of_tls_is_read(undisturbed, reader, writer):
     for byte in text("a", "x" * 5000):
