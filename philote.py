@@ -2060,7 +2060,9 @@ class Log:
         self.issuers: dict[str, Connection] = {}  # of the subscribers, by id
         self.resumed = self.not_resumed = self.gaps = 0  # replays by how they went
         self.delivered = 0  # messages queued for subscribers
-        self.end_own: Callable[..., int] = lambda **_: 0  # set by the server
+        # Set by the server: what ends connections of its own, and whether it is ending.
+        self.end_own: Callable[..., int] = lambda **_: 0
+        self.stopping = threading.Event()
 
     def publish(self, batch: Batch) -> None:
         """Publish messages to a channel, and tell who wants to know."""
@@ -2397,6 +2399,7 @@ _INDEX_BITS = 16  # more messages than a batch ever has
 _HEARTBEAT_TIME = 2  # seconds between heartbeats
 _GONE_TIME = 10  # seconds without one, after which a server is taken to be gone
 _UNAVAILABLE_TIME = 5  # seconds for an answer of Redis, and for an entry to come back
+_LAG_TIME = 10  # seconds that a client waits here whose position is another server's, and later
 _OUTBOX_SIZE = 1 << 24  # bytes that may wait to come back; publishers are read no further then
 _MOST_ENTRIES, _MOST_BYTES = 500, 1 << 20  # that are appended, or read, at a time
 _LARGEST_IN_REDIS = 1 << 28  # bytes of a message; Redis refuses twice that (proto-max-bulk-len)
@@ -2662,8 +2665,9 @@ class RedisLog(Log):
 
     def wait_until(self, position: int) -> None:
         """Wait a while until the log is read up to an id that another server gave out."""
-        end = time.monotonic() + _HEARTBEAT_TIME
-        while self.position < position and time.monotonic() < end and not self.closing.is_set():
+        end = time.monotonic() + _LAG_TIME
+        while (self.position < position < self.position + (60_000 << _COUNTER_BITS)
+               and time.monotonic() < end and not self.stopping.is_set()):
             time.sleep(0.01)
 
     def drain(self, deadline: float) -> None:
@@ -4402,7 +4406,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None
         self.log = make_log(settings)
-        self.log.end_own = self.end_connections
+        self.log.end_own, self.log.stopping = self.end_connections, self.stopping
         self.admission = Admission(settings, self.stopping)
         self.metrics = Metrics(self.admission, self.log)
         self.keys = Keyring(settings)
