@@ -2416,6 +2416,9 @@ def _parse_entry_id(text: bytes) -> EntryID:
 class NothingCameBack(OSError):
     """Entries that were written are not in the log that is read."""
 
+    def __init__(self) -> None:
+        super().__init__("what was written does not come back")
+
 
 class Outgoing:
     """What is to be appended, until it has come back."""
@@ -2836,7 +2839,7 @@ class RedisLog(Log):
             oldest = self.outbox.entries[0].sent if self.outbox.entries else 0
         if oldest and now > oldest + 2 * _UNAVAILABLE_TIME and self.at_end > oldest + 1:
             self.breaks += 1
-            raise NothingCameBack("what was written does not come back")
+            raise NothingCameBack
 
     def _make_heartbeat(self, gone: bool = False) -> Outgoing:
         with self.lock:
@@ -2874,7 +2877,7 @@ class RedisLog(Log):
         breaks, count = self.breaks, 10
         while not self.closing.is_set():
             if breaks != self.breaks:
-                raise NothingCameBack("what was written does not come back")
+                raise NothingCameBack
             answer = self._execute(connection, (  # within a fifth of the time that it may take
                 "XREAD", "COUNT", count, "BLOCK", 200 * _UNAVAILABLE_TIME, "STREAMS", self.key,
                 "{}-{}".format(*self.cursor)))
@@ -3855,10 +3858,15 @@ def is_loopback(address: str) -> bool:
     if address == _UNIX_PEER:
         return True
     try:
-        ip = ipaddress.ip_address(address)
+        return _parse_address(address).is_loopback
     except ValueError:
         return False
-    return (getattr(ip, "ipv4_mapped", None) or ip).is_loopback
+
+
+def _parse_address(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
+    # An IPv4 address that is written as IPv6 is taken for what it is.
+    ip = ipaddress.ip_address(address)
+    return getattr(ip, "ipv4_mapped", None) or ip
 
 
 def client_address(request: Request, peer: str) -> str:
@@ -3869,8 +3877,7 @@ def client_address(request: Request, peer: str) -> str:
     if is_loopback(peer) and "x-forwarded-for" in request.headers:
         last = request.headers["x-forwarded-for"].rpartition(",")[2].strip()
         with contextlib.suppress(ValueError):
-            ip = ipaddress.ip_address(last.partition("%")[0])
-            return str(getattr(ip, "ipv4_mapped", None) or ip)
+            return str(_parse_address(last.partition("%")[0]))
     return peer
 
 
