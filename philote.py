@@ -1161,7 +1161,7 @@ class TLSTransport(Transport):
     def send(self, data: bytes) -> int:
         """Encrypt and write what the socket takes at once; returns how many bytes of `data`."""
         with self.lock:
-            if not self.encrypted and len(data) <= _MOST_ENCRYPTED:  # as ever, in half of the time
+            if not (self.encrypted or self.owed) and len(data) <= _MOST_ENCRYPTED:  # as ever, fast
                 self.tls.write(data)
                 encrypted = self.outgoing.read()
                 sent = Transport.send(self, encrypted)
