@@ -1481,6 +1481,34 @@ def test_through_tls_messages_go_both_ways_at_once(server, certificate, monkeypa
         exchange_messages(wss_of(server), count, size)
 
 
+def test_what_tls_owes_is_not_encrypted_again_when_reading_has_written_it(certificate):
+    context, (end, peer) = philote._load_certificate(
+        philote.Settings(tls_cert=certificate)), socket.socketpair()
+    with end, peer:
+        transport = philote.TLSTransport(end, context)
+        with background(lambda: UNCHECKED.wrap_socket(peer)) as client:
+            while transport.receive(65536) is not None or not transport.tls.version():
+                pass
+        data = b"x" * 30_000
+        with client[0].result() as other:
+            sent = 0
+            while done := transport.send(data):
+                sent += done
+            other.settimeout(PATIENCE)
+            while sent:
+                sent -= len(other.recv(sent))
+            other.send(b"y")
+            while transport.receive(65536) != b"y":  # this writes the rest of what was encrypted
+                pass
+            assert transport.owed and not transport.encrypted
+            assert transport.send(data) == len(data)
+            other.settimeout(0.3)
+            with contextlib.suppress(TimeoutError):
+                while more := other.recv(65536):
+                    sent += len(more)
+            assert sent == len(data)
+
+
 @pytest.mark.parametrize("size", [100, 20_000])
 @with_settings(tls_cert=True, max_queue_size=1 << 26)
 def test_who_reads_late_through_tls_gets_each_message_once(server, slow_reader, writer, size):
