@@ -1144,7 +1144,7 @@ class TLSTransport(Transport):
             finally:
                 with contextlib.suppress(OSError):  # which send() will meet, and wait()
                     self._write_encrypted()
-                if len(self.encrypted) + self.outgoing.pending > _MOST_REPLIES:
+                if self.outgoing.pending > _MOST_REPLIES:  # what is owed is in `encrypted`
                     raise ConnectionError("the peer does not read what its TLS provokes")
         # The peer's TLS has ended, and that is the end: the next wait() sees it.
         with contextlib.suppress(OSError):

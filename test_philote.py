@@ -1481,7 +1481,9 @@ def test_through_tls_messages_go_both_ways_at_once(server, certificate, monkeypa
         exchange_messages(wss_of(server), count, size)
 
 
-def test_what_tls_owes_is_not_encrypted_again_when_reading_has_written_it(certificate):
+@pytest.fixture
+def tls_pair(certificate):
+    """The server's transport behind its handshake, and the client's TLS socket."""
     context, (end, peer) = philote._load_certificate(
         philote.Settings(tls_cert=certificate)), socket.socketpair()
     with end, peer:
@@ -1489,24 +1491,39 @@ def test_what_tls_owes_is_not_encrypted_again_when_reading_has_written_it(certif
         with background(lambda: UNCHECKED.wrap_socket(peer)) as client:
             while transport.receive(65536) is not None or not transport.tls.version():
                 pass
-        data = b"x" * 30_000
         with client[0].result() as other:
-            sent = 0
-            while done := transport.send(data):
-                sent += done
             other.settimeout(PATIENCE)
-            while sent:
-                sent -= len(other.recv(sent))
-            other.send(b"y")
-            while transport.receive(65536) != b"y":  # this writes the rest of what was encrypted
-                pass
-            assert transport.owed and not transport.encrypted
-            assert transport.send(data) == len(data)
-            other.settimeout(0.3)
-            with contextlib.suppress(TimeoutError):
-                while more := other.recv(65536):
-                    sent += len(more)
-            assert sent == len(data)
+            yield transport, other
+
+
+def test_what_tls_owes_is_not_encrypted_again_when_reading_has_written_it(tls_pair):
+    transport, other = tls_pair
+    data = b"x" * 30_000
+    sent = 0
+    while done := transport.send(data):
+        sent += done
+    while sent:
+        sent -= len(other.recv(sent))
+    other.send(b"y")
+    while transport.receive(65536) != b"y":  # this writes the rest of what was encrypted
+        pass
+    assert transport.owed and not transport.encrypted
+    assert transport.send(data) == len(data)
+    other.settimeout(0.3)
+    with contextlib.suppress(TimeoutError):
+        while more := other.recv(65536):
+            sent += len(more)
+    assert sent == len(data)
+
+
+def test_what_tls_owes_is_no_answer_that_the_peer_provoked(tls_pair):
+    transport, other = tls_pair
+    with contextlib.suppress(BlockingIOError):
+        while transport.sock.send(bytes(65536), socket.MSG_DONTWAIT):  # until it takes nothing
+            pass
+    assert transport.send(bytes(100_000)) == 0 and transport.owed
+    other.send(b"y")
+    assert transport.receive(65536) == b"y"
 
 
 @pytest.mark.parametrize("size", [100, 20_000])
@@ -1561,8 +1578,10 @@ def test_what_tls_answers_to_a_peer_that_does_not_read_is_bounded(certificate):
         with contextlib.suppress(BlockingIOError):
             while True:
                 ours.send(bytes(100_000), socket.MSG_DONTWAIT)  # until it takes no more
-        transport.outgoing.write(bytes(100_000))  # as one that asks for new keys again and again
         theirs.sendall(client_hello())
+        assert transport.receive(9999) is None and transport.encrypted
+        transport.outgoing.write(bytes(100_000))  # as one that asks for new keys again and again
+        theirs.sendall(b"\x17")
         with pytest.raises(ConnectionError, match="does not read"):
             transport.receive(9999)
 
