@@ -4,7 +4,8 @@
     pip install websockets aiohttp matplotlib    # beside what philote.py itself needs
     python bench_philote.py                      # every load, five rounds: under ten minutes
     python bench_philote.py --quick              # about half a minute, one round
-    python bench_philote.py --loads fanout-8,latency --rounds 9 --json out.json --plot out.svg
+    python bench_philote.py --loads fanout-8,latency --rounds 9 --save out.json --plot out.svg
+    python bench_philote.py --compare out.json   # medians beside those of that run
     python bench_philote.py --peer 'original=./philote-go'
     python bench_philote.py --redis              # servers that share a Redis, which it starts
 
@@ -89,7 +90,7 @@ class Load:
     title: str
     most: int                  # messages of each publisher, or connections
     least: int = 0             # messages of each publisher
-    kind: str = "messages"     # or "connections", "memory", or "return"
+    kind: str = "messages"     # or another one of KINDS
     publishers: int = 1
     subscribers: int = 1
     stalled: int = 0           # subscribers that never read, beside the others
@@ -104,8 +105,14 @@ class Load:
             return "KiB per connection; less is better"
         if self.kind == "connections":
             return "connections/s"
+        if self.kind == "last":
+            return "deliveries/s; the ratio is of p50, less is better"
         if self.kind == "return":
             return "messages/s; p50 and p99 of one that was never away"
+        if self.kind == "back":
+            return "connections/s; p50 of a message to all of them"
+        if self.kind == "churn":
+            return "joins and leaves/s; p50 and p99 of the pause between two messages"
         unit = "deliveries/s" if self.subscribers > 1 else "messages/s"
         return unit + ("; the ratio is of p50, less is better" if self.figure == "p50" else "")
 
@@ -124,6 +131,9 @@ LOADS = {load.name: load for load in (
     Load("return", "200 come back, 10,000 messages behind", 10_000, kind="return",
          subscribers=200),
     Load("connect", "connections accepted", 8_000, kind="connections"),
+    Load("back", "10,000 come back at once", 10_000, kind="back"),
+    Load("last", "1 -> 10,000, until the last has it", 10_000, kind="last", figure="p50"),
+    Load("churn", "5,000 a second join and leave, beside 1,000 messages/s", 10_000, kind="churn"),
     Load("idle-1000", "1,000 idle connections", 1_000, kind="memory", figure="kib"),
     Load("idle-10000", "10,000 idle connections", 10_000, kind="memory", figure="kib"),
 )}
@@ -699,6 +709,154 @@ def load_memory(load: Load, target: Target, secret: str, seconds: float) -> dict
     return result
 
 
+def tell_all(connections: list[socket.socket], publisher: socket.socket,
+             message: bytes) -> float:
+    """Publish a message; returns the seconds until the last has it, whole. Raises LoadFailed."""
+    poller, wait = open_poller()
+    under_way = {sock.fileno(): (sock, b"") for sock in connections}
+    for number in under_way:
+        poller.register(number, READ)
+    start = time.perf_counter()
+    publisher.sendall(message)
+    while under_way:
+        ready = wait(STUCK)
+        if not ready:
+            raise LoadFailed(f"{len(under_way)} have not received a message in {STUCK:.0f} s")
+        for number, _ in ready:
+            sock, data = under_way[number]
+            if not (more := sock.recv(4096)):
+                raise LoadFailed("the server closed a connection")
+            data += more
+            under_way[number] = sock, data
+            if b"@@" in data and (head := decode_head(data, 0)) and len(data) == head[2]:
+                poller.unregister(number)
+                del under_way[number]
+    return time.perf_counter() - start
+
+
+def load_last(load: Load, target: Target, secret: str, seconds: float) -> dict[str, Any]:
+    """Publish one message at a time to many subscribers, each when the last has the one before."""
+    connections = connect_all(target, upgrades(target, secret, fitting(load.most)))
+    publisher, = connect_all(target, upgrades(target, secret, 1, "write"))
+    publisher.settimeout(STUCK)
+    messages = encode_messages(load, 0, count := 30, target.wire)
+    size = len(messages) // count
+    time.sleep(0.5)
+    meter = Meter(target.pids)
+    times = [tell_all(connections, publisher, messages[size * number:size * (number + 1)])
+             for number in range(count)]
+    result: dict[str, Any] = meter.read(count * len(connections))
+    result.update(latencies_ms(times))
+    result["note"] = f"worst {1e3 * max(times):.0f} ms"
+    close_all([publisher, *connections])
+    return result
+
+
+def load_back(load: Load, target: Target, secret: str, seconds: float) -> dict[str, Any]:
+    """Open all connections at once, each with a position, then publish a message to them."""
+    stayed, = connect_all(target, upgrades(target, secret, 1, query="&since=now"))
+    query = ""
+    with contextlib.suppress(LoadFailed):  # a peer has no positions: it just has to accept them
+        begin = read_frames(stayed, 1, 0.5)
+        query = "&since=" + json.loads(begin[2 if begin[1] < 126 else 4:])["connected"]["id"]
+    publisher, = connect_all(target, upgrades(target, secret, 1, "write"))
+    publisher.settimeout(STUCK)
+    requests = upgrades(target, secret, fitting(load.most), query=query)
+    poller, wait = open_poller()
+    meter, under_way, done = Meter(target.pids), dict[int, tuple[socket.socket, bytes]](), []
+    for request in requests:
+        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock.setblocking(False)
+        sock.connect_ex(("127.0.0.1", target.ports[0]))
+        under_way[sock.fileno()] = sock, request
+        poller.register(sock.fileno(), WRITE)
+    while under_way:
+        ready = wait(2 * STUCK)
+        if not ready:
+            raise LoadFailed(f"{len(under_way)} were not served in {2 * STUCK:.0f} s")
+        for number, _ in ready:
+            sock, request = under_way[number]
+            if request:
+                sock.sendall(request)  # into an empty buffer; raises OSError where it was refused
+                under_way[number] = sock, b""
+                poller.modify(number, READ)
+            else:
+                poller.unregister(number)
+                del under_way[number]
+                done.append(finish_handshake(sock))
+    result: dict[str, Any] = meter.read(len(done))
+    served = time.perf_counter() - meter.start
+    if query:
+        for sock in done:
+            read_frames(sock, 1)
+            sock.setblocking(False)
+    told = tell_all(done, publisher, encode_messages(load, 0, 1, target.wire))
+    result.update(latencies_ms([told]))
+    result["note"] = f"all within {served:.1f} s"
+    close_all([stayed, publisher, *done])
+    return result
+
+
+def load_churn(load: Load, target: Target, secret: str, seconds: float) -> dict[str, Any]:
+    """Let subscribers join and leave a channel in turn, while messages go to one that stays."""
+    stayed, = connect_all(target, upgrades(target, secret, 1))
+    publisher, = connect_all(target, upgrades(target, secret, 1, "write"))
+    # They may read all; a name that nobody publishes to is what they have joined at first.
+    others = connect_all(target, upgrades(
+        target, secret, fitting(load.most), query=f"&channel={CHANNEL}&last=0"))
+    orders = [encode_text(json.dumps({order: [CHANNEL]}).encode(), b"mask")
+              for order in ("unsubscribe", "subscribe")]
+    for sock in others:  # all have joined; from now on one at a time does
+        sock.send(orders[0])
+    for sock in others[:1]:  # a peer knows no such order
+        sock.setblocking(True)
+        sock.settimeout(STUCK)
+        try:
+            while b"unsubscribed" not in sock.recv(4096):
+                pass
+        except socket.timeout:
+            raise LoadFailed("this server lets nobody join and leave") from None
+        sock.setblocking(False)
+    count = int(1000 * max(3, 3 * seconds))
+    messages = encode_messages(load, 0, count, target.wire)
+    size = len(messages) // count
+    time.sleep(1)
+    gc.disable()
+    meter, done, arrived, data = Meter(target.pids), 0, [], b""
+    turn = itertools.cycle(others)
+    joined = next(turn)
+    joined.send(orders[1])
+    for number in range(count):
+        due = meter.start + number / 1000
+        publisher.send(messages[size * number:size * (number + 1)])
+        for _ in range(5):
+            if done % 2:
+                joined = next(turn)
+                joined.send(orders[1])
+            else:
+                joined.send(orders[0])
+                with contextlib.suppress(BlockingIOError):
+                    joined.recv(1 << 16)  # what came since the last time it had its turn
+            done += 1
+        while (left := due + 0.001 - time.perf_counter()) > 0:
+            if select.select([stayed], [], [], left)[0]:
+                data += stayed.recv(1 << 16)
+                arrived.append(time.perf_counter())
+    result: dict[str, Any] = meter.read(done)
+    stayed.settimeout(STUCK)
+    while data.count(b"@@") < count:
+        if not (more := stayed.recv(1 << 16)):
+            raise LoadFailed("the server closed a connection")
+        data += more
+        arrived.append(time.perf_counter())
+    pauses = [after - before for before, after in zip(arrived, arrived[1:])]
+    result.update(latencies_ms(pauses))
+    result["note"] = f"longest pause {1e3 * max(pauses):.0f} ms"
+    close_all([stayed, publisher, *others])
+    return result
+
+
 def read_frames(sock: socket.socket, count: int, seconds: float = STUCK) -> bytes:
     """Read so many whole frames. Raises LoadFailed where they do not come."""
     data, at = b"", 0
@@ -804,14 +962,16 @@ def fitting(connections: int) -> int:
     return min(connections, resource.getrlimit(resource.RLIMIT_NOFILE)[0] - 100)
 
 
+KINDS = {"messages": load_messages, "connections": load_connections, "memory": load_memory,
+         "return": load_return, "back": load_back, "last": load_last, "churn": load_churn}
+
+
 def run_load(name: str, ports: str, pids: str, wire: str, seconds: str) -> int:
     """Make one load and print its result, or why it failed, as one line of JSON."""
     load = LOADS[name]
-    work = {"messages": load_messages, "connections": load_connections, "memory": load_memory,
-            "return": load_return}
     try:
         target = Target([*map(int, ports.split(","))], [*map(int, pids.split(","))], wire)
-        result = work[load.kind](load, target, os.environ["SECRET"], float(seconds))
+        result = KINDS[load.kind](load, target, os.environ["SECRET"], float(seconds))
     except LoadFailed as error:
         result = {"failed": str(error)}
     except OSError as error:
@@ -1276,6 +1436,21 @@ def line_of(load: Load, name: str, rows: dict[str, Rounds]) -> str:
         shown(compared, "", "x") + "".join(f" [{note}]" for note in notes))
 
 
+def comparison_of(loads: list[Load], servers: list[Server], results: Results,
+                  before: Results) -> str:
+    """Lay out medians beside those of an earlier run; where the load is busy, they wander."""
+    lines = ["", f"  {'beside the run before':<54}{'now':>10}{'then':>10}{'now/then':>10}"]
+    for load in loads:
+        key = load.figure
+        for server in servers:
+            now = figure(results[load.name][server.name], key)
+            then = figure(before.get(load.name, {}).get(server.name, []), key)
+            if now and then:
+                lines.append(f"  {load.title:<40.40}  {server.name:<12}{short(now[0]):>10}"
+                             f"{short(then[0]):>10}{now[0] / then[0]:>9.2f}x")
+    return "\n".join(lines)
+
+
 def busy_of(rounds: Rounds, key: str) -> str:
     """Write the median share of a core in percent."""
     values = figure(rounds, key)
@@ -1431,6 +1606,15 @@ def parse_output(text: str) -> str:
     return text
 
 
+def parse_report(text: str) -> dict[str, Any]:
+    """Read what --save has written."""
+    try:
+        loads = json.loads(Path(text).read_text(encoding="utf-8"))["loads"]
+        return {name: load["rounds"] for name, load in loads.items()}
+    except (OSError, ValueError, LookupError, TypeError):
+        raise argparse.ArgumentTypeError(f"{text!r} is no file that --save wrote") from None
+
+
 def parse_picture(text: str) -> str:
     """Take the path of a picture in a format that matplotlib writes."""
     if Path(text).suffix not in (".svg", ".png", ".pdf"):
@@ -1452,7 +1636,10 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
                         help="another server that speaks the protocol; started without a shell")
     parser.add_argument("--redis", action="store_true",
                         help="compare servers that share a Redis, by the loads of messages")
-    parser.add_argument("--json", type=parse_output, metavar="FILE", help="write all raw rounds")
+    parser.add_argument("--save", "--json", type=parse_output, metavar="FILE", dest="json",
+                        help="write all raw rounds")
+    parser.add_argument("--compare", type=parse_report, metavar="FILE", dest="before",
+                        help="show the medians beside those of a run that was saved")
     parser.add_argument("--plot", type=parse_picture, metavar="FILE.svg", help="draw the bars")
     options = parser.parse_args(arguments)
     if options.plot and importlib.util.find_spec("matplotlib") is None:
@@ -1462,7 +1649,8 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"a --peer needs a name of its own, other than {', '.join(PEERS)}")
     options.seconds = 0.3 if options.quick else 1.2
     options.rounds = options.rounds or (1 if options.quick else 5)
-    every = [load for load in LOADS.values() if not options.quick or load.name != "idle-10000"]
+    every = [load for load in LOADS.values() if not options.quick or load.most != 10_000
+             or load.kind == "messages"]
     if options.redis:
         every = [load for load in every if load.kind == "messages" and not load.stalled]
     options.loads = options.loads or every
@@ -1501,6 +1689,8 @@ def compare(options: argparse.Namespace) -> int:
         results = measure_all(options.loads, servers, options.rounds, options.seconds,
                               Progress(len(options.loads)))
     print(summary(options) + "\n\n" + table_of(options.loads, servers, results), flush=True)
+    if options.before:
+        print(comparison_of(options.loads, servers, results, options.before), flush=True)
     if options.json:
         report = report_of(options.loads, servers, results, options)
         Path(options.json).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -3251,7 +3251,8 @@ class WebSocket(Subscriber):
                 if isinstance(item, bytes):
                     return item
                 self._subscribe()
-                self.connection.pause(self.delay)
+                if self.delay > 0:
+                    self.connection.pause(self.delay)
                 if self.connection.state is CLOSING:
                     return b""
                 self.delay = 0
@@ -4429,7 +4430,9 @@ class Server(socketserver.ThreadingTCPServer):
     """
 
     allow_reuse_address = True
-    request_queue_size = 1024  # connections that the system holds until they are accepted
+    # Connections that the system holds until they are accepted, if its own limit (on Linux
+    # net.core.somaxconn, 4096) allows; whoever finds no room there tries again a second later.
+    request_queue_size = 16384
 
     def __init__(self, settings: Settings = Settings(),
                  listener: socket.socket | None = None,

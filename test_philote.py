@@ -2917,15 +2917,18 @@ def test_churn_leaves_nothing_behind(server, reader, writer, full):
     assert memory[-1] <= memory[0] * 1.1, memory
 
 
-def test_without_threads_newcomers_are_refused_and_the_rest_goes_on(server, undisturbed, caplog):
+def test_without_threads_newcomers_are_refused_and_the_rest_goes_on(
+        server, undisturbed, restless, caplog):
     # No system has room for such a stack: a thread cannot be started.
     size = threading.stack_size(1 << 46)
+    server.busy_threads = philote.BusyThreads()
     try:
         assert [status_of(server, upgrade_request()) for _ in range(3)] in (
             [503] * 3, [503, 503, None], [503, None, 503])
     finally:
         threading.stack_size(size)
     assert len([r for r in caplog.records if "no more threads" in r.message]) == 1
+    assert not server.busy_threads.newcomers
 
 
 def test_without_descriptors_newcomers_are_refused_and_nothing_spins():
@@ -3219,6 +3222,18 @@ def test_the_switch_interval_follows_the_busy_threads(restless, monkeypatch):
                 change(number)
             go.set()
         assert interval() == pytest.approx(expected)
+
+
+def test_the_switch_interval_follows_newcomers_until_their_threads_run(restless):
+    busy, interval = philote.BusyThreads(), sys.getswitchinterval
+    for number in range(100):
+        busy.expect(number)
+    assert interval() > 20 * busy.SHORT
+    for number in range(100):
+        busy.add(number)
+        busy.welcome(number)
+        busy.discard(number)
+    assert interval() == pytest.approx(busy.SHORT) and not busy.newcomers
 
 
 def test_the_servers_own_lines_are_logged_while_many_peers_are(server):
