@@ -994,7 +994,6 @@ _BUFFERS_PER_WRITE = 64  # in one system call; every system has room for more (I
 _LARGEST_HELD_SEND = 32768  # bytes; to copy more takes so long that others may have the lock
 _FULL_READ = 65536  # bytes
 _LARGE_READ = 4096  # bytes; who sends so much at a time takes turns, see Server.take_turn()
-_INTERPRETER_LOCK: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 try:
     import ctypes
@@ -4060,7 +4059,7 @@ def tell_info(handler: HTTPHandler, request: Request) -> Response:
                 for field in dataclasses.fields(Settings) if field.repr and field.name != "port"}
     return respond_json({
         "version": __version__, "python": platform.python_version(),
-        "implementation": platform.python_implementation(), "gil": _INTERPRETER_LOCK,
+        "implementation": platform.python_implementation(), "gil": server.interpreter_lock,
         "num_cpu": os.cpu_count(), "pid": os.getpid(),
         "uptime_in_seconds": round(time.monotonic() - server.started),
         "tcp_port": server.port,
@@ -4431,6 +4430,9 @@ class Server(socketserver.ThreadingTCPServer):
         self.admission = Admission(settings, self.stopping)
         self.metrics = Metrics(self.admission, self.log)
         self.keys = Keyring(settings)
+        # A free-threaded CPython takes the lock up again when it loads a compiled package that was
+        # not made for it, such as hiredis. All that the settings ask for is loaded by now.
+        self.interpreter_lock: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
         self.log_limit = LogLimit()  # of lines about what peers do
         self.own_log_limit = LogLimit()  # of others, which no flood of those can silence
         # For who owns the process, as `philote serve` does: set where there is an interpreter's
@@ -4648,7 +4650,8 @@ class Server(socketserver.ThreadingTCPServer):
 
     def take_turn(self, size: int) -> contextlib.AbstractContextManager[Any]:
         """Let one thread at a time work on much input, where all share one interpreter's lock."""
-        return self.turn if size >= _LARGE_READ and _INTERPRETER_LOCK else contextlib.nullcontext()
+        return (self.turn if size >= _LARGE_READ and self.interpreter_lock
+                else contextlib.nullcontext())
 
     def refuse(self, address: str, error: HTTPError) -> None:
         """Count a refusal, and log it once in a while for each address."""
@@ -5711,7 +5714,7 @@ def _serve(_: argparse.Namespace) -> int:
     except OSError as error:
         _tell(f"cannot listen on {_where(settings)}: {error.strerror or error}")
         return 1
-    if _INTERPRETER_LOCK:
+    if server.interpreter_lock:
         server.busy_threads = BusyThreads()
     server.on_failure = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
     with server:
