@@ -1001,7 +1001,6 @@ _BUFFERS_PER_WRITE = 64  # in one system call; every system has room for more (I
 _LARGEST_HELD_SEND = 32768  # bytes; to copy more takes so long that others may have the lock
 _FULL_READ = 65536  # bytes
 _LARGE_READ = 4096  # bytes; who sends so much at a time takes turns, see Server.take_turn()
-_INTERPRETER_LOCK: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
 
 try:
     import ctypes
@@ -1733,12 +1732,13 @@ class Poller(threading.Thread):
         It may be called earlier, for what was asked before; it finds out itself what is due.
         """
         with self.lock:
-            asked, _ = self.deadlines.get(connection.number, (math.inf, None))
+            number = connection.number
+            asked = self.deadlines[number][0] if number in self.deadlines else math.inf
             if connection.forgotten or asked <= due:
                 return
             first = not self.timers or due < self.timers[0][0]
-            self.deadlines[connection.number] = (due, connection)
-            heapq.heappush(self.timers, (due, connection.number))
+            self.deadlines[number] = (due, connection)
+            heapq.heappush(self.timers, (due, number))
         if first:
             self._wake()
 
@@ -1819,7 +1819,7 @@ class Poller(threading.Thread):
         with self.lock:
             while self.timers and self.timers[0][0] <= now:
                 due, number = heapq.heappop(self.timers)
-                if self.deadlines.get(number, (None,))[0] == due:
+                if number in self.deadlines and self.deadlines[number][0] == due:
                     connections.append(self.deadlines.pop(number)[1])
         return connections
 
@@ -1963,9 +1963,10 @@ class History:
             for position, payload in enumerate(payloads, first):
                 self.append(position, name, [payload])
             return
-        if (kept := self.by_name.get(name)) is None:
-            kept = self.by_name[name] = name, collections.deque()
+        if name not in self.by_name:
+            self.by_name[name] = name, collections.deque()
             self.size += sys.getsizeof(name) + _CHANNEL_OVERHEAD
+        kept = self.by_name[name]
         group = first, kept[0], payloads, size
         kept[1].append(group)
         self.groups.append(group)
@@ -2110,10 +2111,17 @@ class Log:
         out. These are added to `touched`: the caller flushes their connections, without any lock.
         """
         receivers = 0
+        # Here and wherever else threads share a dictionary, it is not asked by get(): on
+        # free-threaded CPython 3.13 that takes 60 us instead of 0.1 where the key that it holds, or
+        # the value, was made by another thread. It takes the dictionary's lock then, and has it.
+        #
         # What needs no id is encoded before the lock is taken, for those that seem to be there.
         bare = [payload.replace(user, b"", 1) for payload in payloads] if user else payloads
-        encoded = {encoder: encoder.encode(bare) for encoder in self.joined.get(name, {}).copy()
-                   if not encoder.with_ids}
+        try:
+            seeming = self.joined[name].copy()
+        except KeyError:
+            seeming = {}
+        encoded = {encoder: encoder.encode(bare) for encoder in seeming if not encoder.with_ids}
         with self.lock:
             first = first or max(self.position + 1, time.time_ns() // 1_000_000 << _COUNTER_BITS)
             self.position = first + len(payloads) - 1
@@ -2121,8 +2129,9 @@ class Log:
                 self.history.append(first, name, payloads)
             else:
                 self.history.floor = self.position
-            own = self.issuers.get(issuer)
-            groups = self._find_groups(name) if self.prefix_sizes else self.joined.get(name, {})
+            own = self.issuers[issuer] if issuer in self.issuers else None
+            groups = (self._find_groups(name) if self.prefix_sizes else
+                      self.joined[name] if name in self.joined else {})
             for encoder, group in groups.items():
                 data = encoded.get(encoder) or encoder.encode(  # once for all of them
                     enumerate(payloads, first) if encoder.with_ids else bare)
@@ -2312,7 +2321,7 @@ class Log:
             group[connection] = connection.pending.append
 
     def _leave(self, subscriber: Subscriber, name: str) -> None:
-        groups = self.joined.get(name, {})
+        groups = self.joined[name] if name in self.joined else {}
         groups.get(subscriber.encoder, {}).pop(subscriber.connection, None)
         if groups and not any(groups.values()):
             del self.joined[name]
@@ -2321,9 +2330,10 @@ class Log:
 
     def _find_groups(self, name: str) -> dict[Encoder, dict[Connection, Callable[[bytes], None]]]:
         # Who has joined a channel by several patterns is in the groups once.
-        found = self.joined.get(name, {})
-        matching = [groups for size in self.prefix_sizes if size <= len(name)
-                    and (groups := self.joined.get(name[:size] + "*"))]
+        joined = self.joined
+        found = joined[name] if name in joined else {}
+        matching = [joined[pattern] for size in self.prefix_sizes if size <= len(name)
+                    and (pattern := name[:size] + "*") in joined]
         if not matching or not found and len(matching) == 1:
             return matching[0] if matching else found
         merged: dict[Encoder, dict[Connection, Callable[[bytes], None]]] = {}
@@ -4088,7 +4098,7 @@ def tell_info(handler: HTTPHandler, request: Request) -> Response:
                 for field in dataclasses.fields(Settings) if field.repr and field.name != "port"}
     return respond_json({
         "version": __version__, "python": platform.python_version(),
-        "implementation": platform.python_implementation(), "gil": _INTERPRETER_LOCK,
+        "implementation": platform.python_implementation(), "gil": server.interpreter_lock,
         "num_cpu": os.cpu_count(), "pid": os.getpid(),
         "uptime_in_seconds": round(time.monotonic() - server.started),
         "tcp_port": server.port,
@@ -4206,7 +4216,7 @@ class Admission:
     def renew(self, connection: Connection) -> None:
         """Let a connection that showed a good token be the last to be evicted."""
         with self.lock:
-            mates = self.pending.get(connection.address, {})
+            mates = self._mates_of(connection)
             if connection in mates:
                 mates[connection] = mates.pop(connection)
 
@@ -4278,8 +4288,12 @@ class Admission:
         mates[victim] = mates.pop(victim)
         return victim
 
+    def _mates_of(self, connection: Connection) -> dict[Connection, None]:
+        # All pending ones of its address.
+        return self.pending[connection.address] if connection.address in self.pending else {}
+
     def _remove_pending(self, connection: Connection) -> bool:
-        mates = self.pending.get(connection.address, {})
+        mates = self._mates_of(connection)
         if connection not in mates:
             return False
         del mates[connection]
@@ -4413,7 +4427,7 @@ class LogLimit:
         """Whether a line about this may be logged now, and the next after so many seconds."""
         now = time.monotonic()
         with self.lock:
-            if self.silent_until.get(key, now) > now:
+            if key in self.silent_until and self.silent_until[key] > now:
                 return False
             if len(self.silent_until) >= 1024:
                 self.silent_until = {k: end for k, end in self.silent_until.items() if end > now}
@@ -4460,6 +4474,9 @@ class Server(socketserver.ThreadingTCPServer):
         self.admission = Admission(settings, self.stopping)
         self.metrics = Metrics(self.admission, self.log)
         self.keys = Keyring(settings)
+        # A free-threaded CPython takes the lock up again when it loads a compiled package that was
+        # not made for it, such as hiredis. All that the settings ask for is loaded by now.
+        self.interpreter_lock: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
         self.log_limit = LogLimit()  # of lines about what peers do
         self.own_log_limit = LogLimit()  # of others, which no flood of those can silence
         # For who owns the process, as `philote serve` does: set where there is an interpreter's
@@ -4695,7 +4712,8 @@ class Server(socketserver.ThreadingTCPServer):
 
     def take_turn(self, size: int) -> contextlib.AbstractContextManager[Any]:
         """Let one thread at a time work on much input, where all share one interpreter's lock."""
-        return self.turn if size >= _LARGE_READ and _INTERPRETER_LOCK else contextlib.nullcontext()
+        return (self.turn if size >= _LARGE_READ and self.interpreter_lock
+                else contextlib.nullcontext())
 
     def refuse(self, address: str, error: HTTPError) -> None:
         """Count a refusal, and log it once in a while for each address."""
@@ -5761,7 +5779,7 @@ def _serve(_: argparse.Namespace) -> int:
     except OSError as error:
         _tell(f"cannot listen on {_where(settings)}: {error.strerror or error}")
         return 1
-    if _INTERPRETER_LOCK:
+    if server.interpreter_lock:
         server.busy_threads = BusyThreads()
     server.on_failure = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
     with server:
@@ -5778,7 +5796,12 @@ def _serve(_: argparse.Namespace) -> int:
         log.info("%s: shutting down", signal.Signals(caught).name)
     log.info("stopped")
     handler.finish(1)
-    return 1 if server.failure else 0
+    status = 1 if server.failure else 0
+    if not server.interpreter_lock:
+        # A free-threaded CPython 3.13 takes milliseconds to free what a thread had, one after the
+        # other: with thousands of them that are about to end, its own end takes seconds more.
+        os._exit(status)
+    return status
 
 
 def _reload(server: Server) -> None:

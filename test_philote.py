@@ -2346,6 +2346,14 @@ def test_info_describes_the_server(server):
     wait_until(lambda: info_of(server)["uptime_in_seconds"] > info["uptime_in_seconds"])
 
 
+@pytest.mark.parametrize("locked", [True, False])
+def test_the_interpreters_lock_is_looked_for_when_all_is_loaded(monkeypatch, locked):
+    """A free-threaded CPython takes it up again for a package that was not made for it."""
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: locked, raising=False)
+    with running() as server:
+        assert info_of(server)["gil"] is locked
+
+
 API_TOKENS = {
     200: [API], 401: ["", make_token(api=True, secret="x" * 32), make_token(api=True, exp=5)],
     403: [GOOD, WRITER, make_token(api="true"), make_token(api=1), make_token(api=False)]}
@@ -3390,6 +3398,7 @@ def test_a_parameter_that_means_nothing_is_named(server, method, path, body, nam
 
 def test_those_who_send_much_at_a_time_take_turns(server, monkeypatch, reader, writer):
     monkeypatch.setattr(philote, "_LARGE_READ", 1000)
+    server.interpreter_lock = True  # without one they need not
     with RawClient(server, write=["a"]) as busy:
         with server.turn:
             before = totals(server)["bytes_received"]
@@ -4936,7 +4945,8 @@ class Command(subprocess.Popen):
     def __init__(self, *arguments, launcher=SCRIPT, cwd=HERE, stdout=subprocess.PIPE, pass_fds=(),
                  **environ):
         # Nothing is in its environment that could hide or cause something.
-        environ = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1", **environ}
+        environ = {"PATH": os.environ["PATH"], "PYTHONDONTWRITEBYTECODE": "1",
+                   "PYTHON_GIL": os.environ.get("PYTHON_GIL"), **environ}
         super().__init__(
             [*launcher, *arguments], cwd=cwd, stdin=subprocess.PIPE, stdout=stdout,
             stderr=subprocess.PIPE, encoding="utf-8", errors="surrogateescape", pass_fds=pass_fds,
