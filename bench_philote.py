@@ -809,8 +809,6 @@ def load_churn(load: Load, target: Target, secret: str, seconds: float) -> dict[
               for order in ("unsubscribe", "subscribe")]
     for sock in others:  # all have joined; from now on one at a time does
         sock.send(orders[0])
-    for sock in others[:1]:  # a peer knows no such order
-        sock.setblocking(True)
         sock.settimeout(STUCK)
         try:
             while b"unsubscribed" not in sock.recv(4096):
