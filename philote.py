@@ -2098,17 +2098,18 @@ class Log:
 
     def publish(self, batch: Batch) -> None:
         """Publish messages to a channel, and tell who wants to know."""
-        first, receivers = self.append(
-            batch.channel, batch.payloads, batch.issuer, batch.user, batch.touched)
-        for index, tell in batch.tells:
-            tell(first + index, receivers)
+        self.append(
+            batch.channel, batch.payloads, batch.issuer, batch.user, batch.touched, batch.tells)
 
     def append(self, name: str, payloads: Sequence[bytes], issuer: str, user: bytes,
-               touched: dict[Connection, Any], first: int = 0) -> tuple[int, int]:
+               touched: dict[Connection, Any], tells: Sequence[tuple[int, Tell]] = (),
+               first: int = 0) -> None:
         """Give messages of one issuer to a channel their ids; `user` is the part that names him.
 
-        Returns the first one's id, and how many subscribers they are queued for, the issuer left
-        out. These are added to `touched`: the caller flushes their connections, without any lock.
+        The subscribers that they are queued for are added to `touched`: the caller flushes their
+        connections, without any lock. Who wants to know is told in the same moment: a client that
+        saw a higher id than that of its message has been told of that message before. Else it would
+        come back from behind it, not see it, and publish it again.
         """
         receivers = 0
         # Here and wherever else threads share a dictionary, it is not asked by get(): on
@@ -2141,7 +2142,8 @@ class Log:
                         put(data)
                 touched.update(group)
             self.delivered += receivers * len(payloads)
-        return first, receivers
+            for index, tell in tells:
+                tell(first + index, receivers)
 
     def replay(self, subscriber: Subscriber, names: Names, past: Past, live: Names,
                before: Callable[[int, bool], bytes], after: Callable[[int, bool], bytes],
@@ -2996,11 +2998,11 @@ class RedisLog(Log):
             self.repeated += 1
             return
         own = self.outbox.take_back(entry.number) if entry.server == self.id else None
-        receivers = 0
+        tells = own.tells if own else ()
         try:
             if entry.kind == b"channel":
-                _, receivers = self.append(
-                    entry.name, entry.payloads, entry.issuer, entry.user, touched, first)
+                self.append(
+                    entry.name, entry.payloads, entry.issuer, entry.user, touched, tells, first)
             else:
                 self._receive_notice(entry)
                 with self.lock:
@@ -3008,9 +3010,9 @@ class RedisLog(Log):
         except Exception:  # for want of memory: some may have it, and others not
             log.exception("Redis: unexpected error")
             self.tell_gap(first + max(0, len(entry.payloads) - 1))
+            for index, tell in tells:  # they are in the log; some may have been told already
+                tell(first + index, 0)
         if own:
-            for index, tell in own.tells:
-                tell(first + index, receivers)
             if own.tells and own.connection:
                 touched[own.connection] = None
             self._recover(own)

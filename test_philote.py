@@ -3875,13 +3875,28 @@ def test_a_pattern_is_not_too_long(server):
         assert "subscribed" in client.ask(subscribe=["x" * 256 + "*", "y" * 3000])
 
 
+def test_an_acknowledgement_comes_before_a_message_with_a_higher_id(server, monkeypatch):
+    waits, go = hold(monkeypatch, philote.WebSocket, "_tell_published")
+    with RawClient(server, ["b"], ["a"], query="?since=now") as client:
+        client.read_frame()
+        client.send(frame(1, json.dumps({"channel": "a", "data": "x", "ref": "1"})))
+        assert waits.wait(PATIENCE)  # it has an id, and its publisher is about to be told
+        with background(partial(publish_to, server, "b")) as (published,):
+            time.sleep(0.2)
+            assert not published.done()
+            go.set()
+            answer, message = (json.loads(client.read_frame()[1]) for _ in range(2))
+    assert answer["published"]["ref"] == "1" and message["channel"] == "b"
+
+
 def test_the_history_is_that_of_a_plain_list(restless):
     """Compare pieces and the last of each channel with a list that is cut from its beginning."""
     log, kept, rng = philote.Log(philote.Settings(history_size=150_000)), [], random.Random(7)
     for _ in range(1500):
         name, count = rng.choice("abcd"), rng.randrange(1, 9)
         payloads = [b'{"%d"' % rng.randrange(10**9) for _ in range(count)]
-        first, _ = log.append(name, payloads, "x", b"", {})
+        log.append(name, payloads, "x", b"", {})
+        first = log.position - count + 1
         kept += [(first + i, name, payload) for i, payload in enumerate(payloads)]
         kept = [entry for entry in kept if entry[0] > log.history.floor]
         assert len(kept) == log.history.count
