@@ -4955,6 +4955,9 @@ class Client:
         self._issuers: collections.deque[str] = collections.deque(maxlen=100)  # that we were
         self._acknowledged = (0, 0)  # the highest id that a message of ours got
         self._caught_up = True  # whether a request is sent at once, or behind those before it
+        # Where to look for messages of ours, while that is not done: a connection that was cut
+        # before may have brought us further.
+        self._unchecked = ""
         self._closing = False
         self._end: Exception | None = None
         self._outcome_known = True  # whether somebody knows what became of all that was published
@@ -5202,6 +5205,8 @@ class Client:
                              and not names.cover(request.value["channel"])})
             leave = [*unseen, *(names if self._channels is not None and not self._channels else ())]
             self._caught_up = not (self._requests or leave)
+            self._unchecked = "" if self._caught_up else self._unchecked or since
+            since = self._unchecked
         if unseen and since:
             link.send_text(json.dumps({"subscribe": unseen, "since": since, "ref": _CHECK}))
         if not self._caught_up:
@@ -5284,6 +5289,8 @@ class Client:
                     self._put(Gap(), 0)
             elif request:
                 self._channels = Names(self._joined() - {*request.value["unsubscribe"]})
+            elif ref == _CAUGHT_UP:
+                self._unchecked = ""
             self._changed.notify_all()
         if ref == _CAUGHT_UP:  # not by this thread, which has to read the answers
             threading.Thread(target=self._send_again, args=(link,), daemon=True).start()
