@@ -5551,6 +5551,33 @@ def test_clients_that_are_cut_again_and_again_miss_nothing_and_publish_nothing_t
     assert proxy.count > 4 and totals(server)["published"] == 2 * count
 
 
+def test_a_cut_before_it_is_known_what_was_published_does_not_hide_it(quick):
+    asked = []
+
+    def read_check(end):
+        end.send(end.upgrade)
+        asked.append(json.loads(end.read_frame()[1])["since"])
+
+    def bring_a_message(end):
+        read_check(end)
+        end.send(plain(1, json.dumps({"issuer": "x", "channel": "a", "data": 1, "id": "9-0"})))
+
+    def lose(end):
+        end.send(end.upgrade)
+        end.read_frame()
+
+    def come_back(end):
+        read_check(end)
+        end.send(plain(8, 4403))
+
+    with answering(lose, bring_a_message, come_back) as url:
+        with pytest.raises(philote.ConnectionClosed), philote.Client(url) as client:
+            client.publish("b", "x")
+            assert client.receive(PATIENCE).data == 1
+            client.receive(PATIENCE)
+    assert asked == ["1-0", "1-0"]
+
+
 def test_a_gap_is_raised_once_and_what_follows_comes(quick):
     with running(history_size=1000) as server, Proxy(server) as proxy, \
             philote.Client(proxy.url, GOOD) as client:
