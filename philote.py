@@ -655,6 +655,8 @@ class Keyring:
             raise TokenError(f"the token is longer than {MAX_TOKEN_SIZE} bytes")
         try:
             claims = self._verify(token, wait)
+        except jwt.InvalidAlgorithmError:
+            raise _no_key_for(jwt.get_unverified_header(token)) from None
         except jwt.ExpiredSignatureError:
             raise TokenError("the token has expired") from None
         except jwt.ImmatureSignatureError:
@@ -677,7 +679,7 @@ class Keyring:
             "verify_aud": bool(settings.audience), "verify_iss": bool(settings.issuer),
             "verify_sub": False, "verify_jti": False}
         keys = self.secrets
-        if len(keys) != 1 or settings.public_keys:  # else all that a token says is which it is not
+        if len(keys) != 1 or settings.public_keys:  # to read the header takes 11 us
             keys = self._find_keys(jwt.get_unverified_header(token), wait)
         for key in keys:
             with contextlib.suppress(jwt.InvalidSignatureError):
@@ -694,7 +696,7 @@ class Keyring:
             keys = [self.provider.find(header["kid"], wait)]
         keys = [key for key in keys if algorithm in key.algorithms]
         if not keys:
-            raise TokenError(f"the token is signed by {_shown(algorithm)}, and no key is for that")
+            raise _no_key_for(header)
         return keys
 
     def _access_key(self, claims: dict[str, Any]) -> AccessKey:
@@ -708,6 +710,11 @@ class Keyring:
             raise TokenError(f"the token's claim {claim} must be an object (CLAIM)")
         return AccessKey(_channel_names(rights, "read"), _channel_names(rights, "write"), expires,
                          rights.get("api") is True, user if isinstance(user, str) else "")
+
+
+def _no_key_for(header: Mapping[str, Any]) -> TokenError:
+    return TokenError(
+        f"the token is signed by {_shown(header.get('alg'))}, and no key is for that")
 
 
 def _channel_names(claims: dict[str, Any], name: str) -> Names:

@@ -556,6 +556,13 @@ def test_a_bad_token_is_answered_with_401(server, name):
     assert not token or token.encode() not in body
 
 
+@pytest.mark.parametrize("name", ["alg none", "alg RS256", "no alg", "alg an int", "alg a list"])
+@pytest.mark.parametrize("server", [{}, {"old_secret": "x" * 32}], ids=["", "old"], indirect=True)
+def test_a_token_whose_algorithm_is_not_ours_is_told_so(server, name):
+    answer = ask(server, upgrade_request("/?auth=" + BAD_TOKENS[name]))[2]
+    assert b"and no key is for that" in answer
+
+
 GOOD, BAD = make_token(["a"]), make_token(["a"], secret="wrong" * 8)
 
 
