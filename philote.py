@@ -3969,14 +3969,18 @@ def authorize(handler: HTTPHandler, request: Request) -> AccessKey:
     tokens = [re.sub("(?i)^bearer +", "", request.headers.get("authorization", ""))]
     tokens += request.query.get("auth", [])[:1]
     refused = TokenError("a token is needed: Authorization: Bearer TOKEN, or ?auth=TOKEN")
-    for number, token in enumerate(filter(None, tokens)):
-        try:
-            return server.keys.decode(token, connection.pause)
-        except TokenError as error:
-            refused = error if not number else refused
-    if refused.retry_after:
-        raise HTTPError(503, str(refused), "unknown_key", {"Retry-After": str(refused.retry_after)})
-    raise HTTPError(401, str(refused), headers={"WWW-Authenticate": "Bearer"})
+    try:
+        for number, token in enumerate(filter(None, tokens)):
+            try:
+                return server.keys.decode(token, connection.pause)
+            except TokenError as error:
+                refused = error if not number else refused
+        if refused.retry_after:
+            raise HTTPError(503, str(refused), "unknown_key",
+                            {"Retry-After": str(refused.retry_after)})
+        raise HTTPError(401, str(refused), headers={"WWW-Authenticate": "Bearer"})
+    finally:
+        del refused  # whose traceback leads to here: a cycle that would hold the connection
 
 
 def check_local(request: Request) -> None:
@@ -4613,6 +4617,8 @@ class Server(socketserver.ThreadingTCPServer):
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._refuse_for_want_of_descriptors(error)
             raise
+        if not os.get_blocking(sock.fileno()):  # on macOS, newcomers have it from the listening one
+            sock.setblocking(True)
         # Who comes over a Unix socket may have given his own end any name.
         name = (_UNIX_PEER if self.address_family == socket.AF_UNIX else
                 address[0].removeprefix("::ffff:"))
@@ -4625,7 +4631,8 @@ class Server(socketserver.ThreadingTCPServer):
         all others that have work. So it takes those steps before it gives them more.
         """
         newcomers: list[Connection] = [request]
-        with contextlib.suppress(OSError, _Stopped):  # the next get_request() meets it again
+        # The next get_request() meets it again.
+        with contextlib.suppress(OSError, MemoryError, _Stopped):
             while len(newcomers) < _MOST_NEWCOMERS:
                 newcomers.append(self.get_request()[0])
         for connection in newcomers:
@@ -4634,9 +4641,9 @@ class Server(socketserver.ThreadingTCPServer):
     def _start_thread(self, connection: Connection) -> None:
         # Where the system has no thread left, the connection is refused.
         self.admission.admit(connection)
-        if self.busy_threads:
-            self.busy_threads.expect(connection)
         try:
+            if self.busy_threads:
+                self.busy_threads.expect(connection)
             # threading.Thread.start() waits until the thread runs. One that finds no memory for
             # its first step never does, and nobody would be accepted any more.
             _thread.start_new_thread(self.run_connection, (connection,))
@@ -4717,6 +4724,7 @@ class Server(socketserver.ThreadingTCPServer):
                 finally:
                     self.admission.remove(connection)
                     if self.busy_threads:
+                        self.busy_threads.welcome(connection)
                         self.busy_threads.discard(connection)
 
     def take_turn(self, size: int) -> contextlib.AbstractContextManager[Any]:
@@ -4858,6 +4866,7 @@ _ANSWER_TIME = 10  # seconds without progress, after which a server will not ans
 _FIRST_PAUSE, _LAST_PAUSE = 0.5, 20  # seconds; a client comes back after a random part of them
 _MOST_ASKED = 1000  # messages that may wait for the server's answer, and
 _MOST_SIZE = 1 << 24  # characters of these
+_MOST_CHANNELS = 1000  # of which a client knows apart what was acknowledged, if it can
 _MOST_RECEIVED = 1 << 26  # characters that may wait to be received
 _LONGEST_QUERY = 4000  # characters; more channels than fit there are joined later
 _CHECK, _CAUGHT_UP = "check", "caught up"  # refs of what a client asks on its own account
@@ -4960,7 +4969,10 @@ class Client:
         self._refs = map(str, itertools.count(1))
         self._position = ""
         self._issuers: collections.deque[str] = collections.deque(maxlen=100)  # that we were
-        self._acknowledged = (0, 0)  # the highest id that a message of ours got
+        # By channel: the highest id that a message of ours is known to have; the channels may be
+        # looked through one after the other. For all that are not there, the id below.
+        self._acknowledged: dict[str, tuple[int, int]] = {}
+        self._all_acknowledged = (0, 0)
         self._caught_up = True  # whether a request is sent at once, or behind those before it
         # Where to look for messages of ours, while that is not done: a connection that was cut
         # before may have brought us further.
@@ -5284,7 +5296,8 @@ class Client:
                 if ref != _CHECK and not (request and request.awaited):
                     self._refusals.append(error)
             elif "published" in value:
-                self._acknowledge(value["published"]["ref"], value)
+                if request := self._answer(value["published"]["ref"], value):
+                    self._acknowledge(request.value["channel"], value["published"]["id"])
             elif "gap" in value:
                 self._position = value["gap"]["id"]
                 self._put(Gap(), 0)
@@ -5311,8 +5324,10 @@ class Client:
             if _as_numbers(message.id) > _as_numbers(self._position):
                 self._position = message.id
             if message.issuer in self._issuers:  # of ours: that it is here is an acknowledgement
-                if _as_numbers(message.id) > self._acknowledged:
-                    self._acknowledge(next((
+                if _as_numbers(message.id) > self._acknowledged.get(
+                        message.channel, self._all_acknowledged):
+                    self._acknowledge(message.channel, message.id)
+                    self._answer(next((
                         ref for ref, request in self._requests.items()
                         if request.value.get("channel") == message.channel), ""),
                         {"published": {"id": message.id}})
@@ -5328,9 +5343,13 @@ class Client:
                 return
         self._put(message, size)
 
-    def _acknowledge(self, ref: str, answer: dict[str, Any]) -> None:
-        self._acknowledged = max(self._acknowledged, _as_numbers(answer["published"]["id"]))
-        self._answer(ref, answer)
+    def _acknowledge(self, channel: str, id: str) -> None:
+        known = self._acknowledged
+        known[channel] = max(known.get(channel, self._all_acknowledged), _as_numbers(id))
+        if not len(known) % _MOST_CHANNELS and not self._unchecked:
+            # Whoever has a higher position than a message's id, was told of that before.
+            self._all_acknowledged = position = _as_numbers(self._position)
+            self._acknowledged = {name: id for name, id in known.items() if id > position}
 
     def _put(self, item: Message | Gap, size: int) -> None:
         if self._received_size + size > _MOST_RECEIVED:

@@ -563,6 +563,26 @@ def test_a_token_whose_algorithm_is_not_ours_is_told_so(server, name):
     assert b"and no key is for that" in answer
 
 
+def test_a_refused_token_leaves_no_cycle_of_references(server):
+    bad, good = make_token(secret="x" * 32), make_token(["a"])
+    authorization = [("Authorization", "Bearer " + bad)]
+    gc.collect()
+    gc.disable()
+    try:
+        for token, expected in (bad, 401), (good, 101):
+            assert status_of(
+                server, upgrade_request("/?auth=" + token, authorization)) == expected
+        wait_until(lambda: is_empty(server))
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        gc.collect()
+        assert not [kept for kept in gc.garbage if isinstance(
+            kept, (philote.TokenError, philote.Request, philote.Connection))]
+    finally:
+        gc.set_debug(0)
+        gc.garbage.clear()
+        gc.enable()
+
+
 GOOD, BAD = make_token(["a"]), make_token(["a"], secret="wrong" * 8)
 
 
@@ -2944,6 +2964,43 @@ def test_without_threads_newcomers_are_refused_and_the_rest_goes_on(
         threading.stack_size(size)
     assert len([r for r in caplog.records if "no more threads" in r.message]) == 1
     assert not server.busy_threads.newcomers
+
+
+def test_newcomers_that_do_not_block_are_let_block(server, undisturbed, monkeypatch):
+    accept = socket.socket.accept
+
+    def accept_as_macos_does(listener):
+        sock, address = accept(listener)
+        os.set_blocking(sock.fileno(), False)
+        return sock, address
+    monkeypatch.setattr(socket.socket, "accept", accept_as_macos_does)
+    with dial_plain(server) as sock:
+        time.sleep(0.2)
+        sock.sendall(http_request("GET", "/philote.js"))
+        assert sock.recv(12) == b"HTTP/1.1 200"
+
+
+def test_newcomers_are_served_though_there_is_no_memory_for_one_of_them(
+        server, undisturbed, restless, monkeypatch):
+    server.busy_threads, real, left = philote.BusyThreads(), philote.Connection, [2]
+
+    def make(*arguments):
+        left[0] -= 1
+        if not left[0]:
+            raise MemoryError
+        return real(*arguments)
+    monkeypatch.setattr(philote, "Connection", make)
+    monkeypatch.setattr(server, "handle_error", lambda *_: None)
+    waits, go = hold(monkeypatch, server, "get_request")
+    with dial_plain(server) as first:
+        assert waits.wait(PATIENCE)
+        with dial_plain(server) as second:
+            go.set()
+            for sock in first, second:
+                with contextlib.suppress(ConnectionError):
+                    sock.sendall(http_request("GET", "/philote.js"))
+            assert first.recv(12) == b"HTTP/1.1 200"
+    wait_until(lambda: not server.busy_threads.newcomers and not server.busy_threads.connections)
 
 
 def test_without_descriptors_newcomers_are_refused_and_nothing_spins():
@@ -5583,6 +5640,24 @@ def test_a_cut_before_it_is_known_what_was_published_does_not_hide_it(quick):
             assert client.receive(PATIENCE).data == 1
             client.receive(PATIENCE)
     assert asked == ["1-0", "1-0"]
+
+
+@pytest.mark.parametrize("order", ["xy", "yx", "xyxy", "yyxx"])
+@pytest.mark.parametrize("most", [1, 1000])
+def test_what_a_client_published_is_known_of_each_channel(server, quick, monkeypatch, order, most):
+    monkeypatch.setattr(philote, "_MOST_CHANNELS", most)  # internal
+    token = make_token(["x", "y"], ["x", "y"])
+    with philote.Client(url_of(server), token) as reader:
+        with philote.Client(url_of(server), token, ["y"]) as client:
+            first, take = client._link, client._take
+            # The answers of the first connection are lost.
+            client._take = lambda link, *arguments: link is first or take(link, *arguments)
+            for number, channel in enumerate(order):
+                client.publish(channel, number)
+            wait_until(lambda: totals(server)["published"] == len(order))
+            first.abort()
+        assert receive_until(reader, len(order)) == ([*range(len(order))], 0)
+        assert reader.receive(0.1) is None
 
 
 def test_a_gap_is_raised_once_and_what_follows_comes(quick):
