@@ -1249,12 +1249,14 @@ class BusyThreads:
     def add(self, connection: Connection) -> None:
         """Count a thread that has work."""
         self.connections.add(connection)
-        self._adjust()
+        if len(self.connections) > self.most:
+            self._adjust()
 
     def discard(self, connection: Connection) -> None:
         """Do not count a thread that is about to wait."""
         self.connections.discard(connection)
-        self._adjust()
+        if len(self.connections) < self.least:
+            self._adjust()
 
     def expect(self, connection: Connection) -> None:
         """Count a thread that is about to be started."""
