@@ -99,6 +99,11 @@ class Load:
     figure: str = "rate"       # what the ratio compares: "rate", "p50" or "kib"
 
     @property
+    def connections(self) -> int:
+        """How many subscribers or idle connections it opens."""
+        return self.subscribers if self.kind in ("messages", "return") else self.most
+
+    @property
     def unit(self) -> str:
         """Name what the first column of the table counts."""
         if self.kind == "memory":
@@ -227,6 +232,13 @@ def encode_messages(load: Load, publisher: int, count: int, wire: str = "philote
         for number in range(count))
 
 
+def encode_each(load: Load, count: int, wire: str = "philote") -> list[bytes]:
+    """Encode messages of the first publisher, one by one."""
+    frames = encode_messages(load, 0, count, wire)
+    size = len(frames) // count
+    return [frames[at:at + size] for at in range(0, len(frames), size)]
+
+
 # --------------------------------------------------------------------------------------- connecting
 # Opening handshakes, many under way at a time, on one thread.
 
@@ -242,16 +254,21 @@ def open_poller() -> tuple[Any, Callable[[float], list[tuple[int, int]]]]:
 READ, WRITE = select.POLLIN, select.POLLOUT  # the same numbers for epoll
 
 
+def new_socket() -> socket.socket:
+    """Make a socket whose closing resets: ten thousand leave no TIME_WAIT to the next round."""
+    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    return sock
+
+
 def start_handshake(port: int, request: bytes, receive_buffer: int = 0) -> socket.socket:
     """Connect and send the request; the reply is still to come."""
-    sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+    sock = new_socket()
     if receive_buffer:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
     sock.settimeout(STUCK)
     sock.connect(("127.0.0.1", port))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    # Closing resets, so that ten thousand connections leave no TIME_WAIT to the next round.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     sock.sendall(request)
     return sock
 
@@ -739,13 +756,11 @@ def load_last(load: Load, target: Target, secret: str, seconds: float) -> dict[s
     connections = connect_all(target, upgrades(target, secret, fitting(load.most)))
     publisher, = connect_all(target, upgrades(target, secret, 1, "write"))
     publisher.settimeout(STUCK)
-    messages = encode_messages(load, 0, count := 30, target.wire)
-    size = len(messages) // count
+    messages = encode_each(load, 30, target.wire)
     time.sleep(0.5)
     meter = Meter(target.pids)
-    times = [tell_all(connections, publisher, messages[size * number:size * (number + 1)])
-             for number in range(count)]
-    result: dict[str, Any] = meter.read(count * len(connections))
+    times = [tell_all(connections, publisher, message) for message in messages]
+    result: dict[str, Any] = meter.read(len(times) * len(connections))
     result.update(latencies_ms(times))
     result["note"] = f"worst {1e3 * max(times):.0f} ms"
     close_all([publisher, *connections])
@@ -757,16 +772,14 @@ def load_back(load: Load, target: Target, secret: str, seconds: float) -> dict[s
     stayed, = connect_all(target, upgrades(target, secret, 1, query="&since=now"))
     query = ""
     with contextlib.suppress(LoadFailed):  # a peer has no positions: it just has to accept them
-        begin = read_frames(stayed, 1, 0.5)
-        query = "&since=" + json.loads(begin[2 if begin[1] < 126 else 4:])["connected"]["id"]
+        query = "&since=" + read_position(stayed, 0.5)
     publisher, = connect_all(target, upgrades(target, secret, 1, "write"))
     publisher.settimeout(STUCK)
     requests = upgrades(target, secret, fitting(load.most), query=query)
     poller, wait = open_poller()
     meter, under_way, done = Meter(target.pids), dict[int, tuple[socket.socket, bytes]](), []
     for request in requests:
-        sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        sock = new_socket()
         sock.setblocking(False)
         sock.connect_ex(("127.0.0.1", target.ports[0]))
         under_way[sock.fileno()] = sock, request
@@ -798,17 +811,10 @@ def load_back(load: Load, target: Target, secret: str, seconds: float) -> dict[s
     return result
 
 
-def load_churn(load: Load, target: Target, secret: str, seconds: float) -> dict[str, Any]:
-    """Let subscribers join and leave a channel in turn, while messages go to one that stays."""
-    stayed, = connect_all(target, upgrades(target, secret, 1))
-    publisher, = connect_all(target, upgrades(target, secret, 1, "write"))
-    # They may read all; a name that nobody publishes to is what they have joined at first.
-    others = connect_all(target, upgrades(
-        target, secret, fitting(load.most), query=f"&channel={CHANNEL}&last=0"))
-    orders = [encode_text(json.dumps({order: [CHANNEL]}).encode(), b"mask")
-              for order in ("unsubscribe", "subscribe")]
-    for sock in others:  # all have joined; from now on one at a time does
-        sock.send(orders[0])
+def leave_all(sockets: list[socket.socket], order: bytes) -> None:
+    """Let each leave, one after the other. Raises LoadFailed where a server knows no such order."""
+    for sock in sockets:
+        sock.send(order)
         sock.settimeout(STUCK)
         try:
             while b"unsubscribed" not in sock.recv(4096):
@@ -816,34 +822,42 @@ def load_churn(load: Load, target: Target, secret: str, seconds: float) -> dict[
         except socket.timeout:
             raise LoadFailed("this server lets nobody join and leave") from None
         sock.setblocking(False)
-    count = int(1000 * max(3, 3 * seconds))
-    messages = encode_messages(load, 0, count, target.wire)
-    size = len(messages) // count
-    time.sleep(1)
+
+
+def join_and_leave(sockets: list[socket.socket], join: bytes, leave: bytes) -> Iterator[None]:
+    """Let one after the other join and leave; each step is one of the two."""
+    for sock in itertools.cycle(sockets):
+        sock.send(join)
+        yield
+        sock.send(leave)
+        with contextlib.suppress(BlockingIOError):
+            sock.recv(1 << 16)  # what came since the last time it had its turn
+        yield
+
+
+def load_churn(load: Load, target: Target, secret: str, seconds: float) -> dict[str, Any]:
+    """Let subscribers join and leave a channel in turn, while messages go to one that stays."""
+    stayed, = connect_all(target, upgrades(target, secret, 1))
+    publisher, = connect_all(target, upgrades(target, secret, 1, "write"))
+    others = connect_all(target, upgrades(target, secret, fitting(load.most), query="&last=0"))
+    join, leave = (encode_text(json.dumps({order: [CHANNEL]}).encode(), b"mask")
+                   for order in ("subscribe", "unsubscribe"))
+    leave_all(others, leave)
+    messages = encode_each(load, int(1000 * max(3, 3 * seconds)), target.wire)
     gc.disable()
-    meter, done, arrived, data = Meter(target.pids), 0, [], b""
-    turn = itertools.cycle(others)
-    joined = next(turn)
-    joined.send(orders[1])
-    for number in range(count):
-        due = meter.start + number / 1000
-        publisher.send(messages[size * number:size * (number + 1)])
+    steps, arrived, data = join_and_leave(others, join, leave), [], b""
+    meter = Meter(target.pids)
+    for number, message in enumerate(messages, 1):
+        publisher.send(message)
         for _ in range(5):
-            if done % 2:
-                joined = next(turn)
-                joined.send(orders[1])
-            else:
-                joined.send(orders[0])
-                with contextlib.suppress(BlockingIOError):
-                    joined.recv(1 << 16)  # what came since the last time it had its turn
-            done += 1
-        while (left := due + 0.001 - time.perf_counter()) > 0:
+            next(steps)
+        while (left := meter.start + number / 1000 - time.perf_counter()) > 0:
             if select.select([stayed], [], [], left)[0]:
                 data += stayed.recv(1 << 16)
                 arrived.append(time.perf_counter())
-    result: dict[str, Any] = meter.read(done)
+    result: dict[str, Any] = meter.read(5 * len(messages))
     stayed.settimeout(STUCK)
-    while data.count(b"@@") < count:
+    while data.count(b"@@") < len(messages):
         if not (more := stayed.recv(1 << 16)):
             raise LoadFailed("the server closed a connection")
         data += more
@@ -871,6 +885,12 @@ def read_frames(sock: socket.socket, count: int, seconds: float = STUCK) -> byte
     except socket.timeout:
         raise LoadFailed("this server sends nothing of the past") from None
     return data
+
+
+def read_position(sock: socket.socket, seconds: float = STUCK) -> str:
+    """Read what a server tells first whoever asks for positions. Raises LoadFailed."""
+    begin = read_frames(sock, 1, seconds)
+    return json.loads(begin[2 if begin[1] < 126 else 4:])["connected"]["id"]
 
 
 def read_what_was_missed(sockets: list[socket.socket], missed: bytes) -> None:
@@ -904,8 +924,7 @@ def load_return(load: Load, target: Target, secret: str, seconds: float) -> dict
     What comes back must be, byte for byte, what the one that stayed was sent.
     """
     stayed, = connect_all(target, upgrades(target, secret, 1, query="&since=now"))
-    begin = read_frames(stayed, 1)
-    position = json.loads(begin[2 if begin[1] < 126 else 4:])["connected"]["id"]
+    position = read_position(stayed)
     publisher, = connect_all(target, upgrades(target, secret, 1, "write"))
     messages = encode_messages(load, 0, load.most + 10_000)
     size = len(messages) // (load.most + 10_000)
@@ -1439,10 +1458,9 @@ def comparison_of(loads: list[Load], servers: list[Server], results: Results,
     """Lay out medians beside those of an earlier run; where the load is busy, they wander."""
     lines = ["", f"  {'beside the run before':<54}{'now':>10}{'then':>10}{'now/then':>10}"]
     for load in loads:
-        key = load.figure
         for server in servers:
-            now = figure(results[load.name][server.name], key)
-            then = figure(before.get(load.name, {}).get(server.name, []), key)
+            now = figure(results[load.name][server.name], load.figure)
+            then = figure(before.get(load.name, {}).get(server.name, []), load.figure)
             if now and then:
                 lines.append(f"  {load.title:<40.40}  {server.name:<12}{short(now[0]):>10}"
                              f"{short(then[0]):>10}{now[0] / then[0]:>9.2f}x")
@@ -1647,8 +1665,7 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
         parser.error(f"a --peer needs a name of its own, other than {', '.join(PEERS)}")
     options.seconds = 0.3 if options.quick else 1.2
     options.rounds = options.rounds or (1 if options.quick else 5)
-    every = [load for load in LOADS.values() if not options.quick or load.most != 10_000
-             or load.kind == "messages"]
+    every = [load for load in LOADS.values() if not options.quick or load.connections < 10_000]
     if options.redis:
         every = [load for load in every if load.kind == "messages" and not load.stalled]
     options.loads = options.loads or every

@@ -1493,6 +1493,8 @@ class Connection:
 
         It is cut short when the connection or the server ends, or by the event.
         """
+        if seconds <= 0:
+            return
         end = time.monotonic() + seconds
         hang_up = select.poll()
         hang_up.register(self.transport.descriptor, getattr(select, "POLLRDHUP", 0))
@@ -3277,8 +3279,7 @@ class WebSocket(Subscriber):
                 if isinstance(item, bytes):
                     return item
                 self._subscribe()
-                if self.delay > 0:
-                    self.connection.pause(self.delay)
+                self.connection.pause(self.delay)
                 if self.connection.state is CLOSING:
                     return b""
                 self.delay = 0
@@ -3448,7 +3449,7 @@ class _ServerWebSocket(simple_websocket.Server):  # type: ignore[misc]
 
     @functools.cached_property
     def ws(self) -> ProtocolConnection:
-        # Made when the library has something to judge, for most at the end: it takes 1.6 KiB.
+        """Made when the library has something to judge, for most at the end; it takes 1.6 KiB."""
         return ProtocolConnection(ConnectionType.SERVER)
 
 
@@ -3970,19 +3971,17 @@ def authorize(handler: HTTPHandler, request: Request) -> AccessKey:
         check_local(request)
     tokens = [re.sub("(?i)^bearer +", "", request.headers.get("authorization", ""))]
     tokens += request.query.get("auth", [])[:1]
-    refused = TokenError("a token is needed: Authorization: Bearer TOKEN, or ?auth=TOKEN")
-    try:
-        for number, token in enumerate(filter(None, tokens)):
-            try:
-                return server.keys.decode(token, connection.pause)
-            except TokenError as error:
-                refused = error if not number else refused
-        if refused.retry_after:
-            raise HTTPError(503, str(refused), "unknown_key",
-                            {"Retry-After": str(refused.retry_after)})
-        raise HTTPError(401, str(refused), headers={"WWW-Authenticate": "Bearer"})
-    finally:
-        del refused  # whose traceback leads to here: a cycle that would hold the connection
+    # Not the error itself, whose traceback leads to here: a cycle that would hold the connection.
+    reason, retry_after = "a token is needed: Authorization: Bearer TOKEN, or ?auth=TOKEN", 0
+    for number, token in enumerate(filter(None, tokens)):
+        try:
+            return server.keys.decode(token, connection.pause)
+        except TokenError as error:
+            if not number:
+                reason, retry_after = str(error), error.retry_after
+    if retry_after:
+        raise HTTPError(503, reason, "unknown_key", {"Retry-After": str(retry_after)})
+    raise HTTPError(401, reason, headers={"WWW-Authenticate": "Bearer"})
 
 
 def check_local(request: Request) -> None:
@@ -4868,7 +4867,7 @@ _ANSWER_TIME = 10  # seconds without progress, after which a server will not ans
 _FIRST_PAUSE, _LAST_PAUSE = 0.5, 20  # seconds; a client comes back after a random part of them
 _MOST_ASKED = 1000  # messages that may wait for the server's answer, and
 _MOST_SIZE = 1 << 24  # characters of these
-_MOST_CHANNELS = 1000  # of which a client knows apart what was acknowledged, if it can
+_MOST_CHANNELS = 1000  # by which it is known what was acknowledged, before old ones are dropped
 _MOST_RECEIVED = 1 << 26  # characters that may wait to be received
 _LONGEST_QUERY = 4000  # characters; more channels than fit there are joined later
 _CHECK, _CAUGHT_UP = "check", "caught up"  # refs of what a client asks on its own account
@@ -5834,12 +5833,7 @@ def _serve(_: argparse.Namespace) -> int:
         log.info("%s: shutting down", signal.Signals(caught).name)
     log.info("stopped")
     handler.finish(1)
-    status = 1 if server.failure else 0
-    if not server.interpreter_lock:
-        # A free-threaded CPython 3.13 takes milliseconds to free what a thread had, one after the
-        # other: with thousands of them that are about to end, its own end takes seconds more.
-        os._exit(status)
-    return status
+    return 1 if server.failure else 0
 
 
 def _reload(server: Server) -> None:
