@@ -48,6 +48,7 @@ import base64
 import contextlib
 import dataclasses
 import datetime
+import functools
 import gc
 import hashlib
 import hmac
@@ -64,6 +65,7 @@ import shlex
 import shutil
 import signal
 import socket
+import ssl
 import statistics
 import struct
 import subprocess
@@ -254,6 +256,45 @@ def open_poller() -> tuple[Any, Callable[[float], list[tuple[int, int]]]]:
 READ, WRITE = select.POLLIN, select.POLLOUT  # the same numbers for epoll
 
 
+class TLSSocket(ssl.SSLSocket):
+    """A socket with TLS that says so as one without does where it would have to wait."""
+
+    def recv_into(self, *arguments: Any) -> int:
+        """Read; a buffer for a whole record leaves nothing behind that a poller does not see."""
+        try:
+            return super().recv_into(*arguments)
+        except ssl.SSLWantReadError:
+            raise BlockingIOError from None
+
+    def send(self, *arguments: Any) -> int:
+        """Write what the socket takes."""
+        try:
+            return super().send(*arguments)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError):
+            raise BlockingIOError from None
+
+
+@functools.cache
+def client_context() -> ssl.SSLContext | None:
+    """Make what all connections of --tls share; None without. They trust whatever they are shown.
+    """
+    if "TLS_CERT" not in os.environ:
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+    context.sslsocket_class = TLSSocket
+    return context
+
+
+def server_context() -> ssl.SSLContext | None:
+    """Load the certificate with which a peer of --tls serves; None without."""
+    if "TLS_CERT" not in os.environ:
+        return None
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(os.environ["TLS_CERT"])
+    return context
+
+
 def new_socket() -> socket.socket:
     """Make a socket whose closing resets: ten thousand leave no TIME_WAIT to the next round."""
     sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
@@ -269,6 +310,8 @@ def start_handshake(port: int, request: bytes, receive_buffer: int = 0) -> socke
     sock.settimeout(STUCK)
     sock.connect(("127.0.0.1", port))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if context := client_context():
+        sock = context.wrap_socket(sock)
     sock.sendall(request)
     return sock
 
@@ -276,6 +319,10 @@ def start_handshake(port: int, request: bytes, receive_buffer: int = 0) -> socke
 def finish_handshake(sock: socket.socket) -> socket.socket:
     """Read the reply and make the socket non-blocking. Raises LoadFailed unless it is a 101."""
     head = b""
+    while isinstance(sock, TLSSocket) and not head.endswith(b"\r\n\r\n"):  # it cannot peek
+        if not (data := sock.recv(1)):
+            raise LoadFailed("the server closed a connection during the handshake")
+        head += data
     while not head.endswith(b"\r\n\r\n"):  # what is behind it is a message, and left there
         seen = sock.recv(4096, socket.MSG_PEEK)
         end = (head[-3:] + seen).find(b"\r\n\r\n") + 4 - len(head[-3:])
@@ -532,7 +579,10 @@ class Exchange:
             if reader is None:
                 self.attend(self.publishers[fd])
                 continue
-            data, old = buffer[:reader.recv_into(buffer)], reader.at
+            try:
+                data, old = buffer[:reader.recv_into(buffer)], reader.at
+            except BlockingIOError:  # a part of a record of TLS, or nothing for us
+                continue
             if data and reader.stream.raw.startswith(data, old):
                 reader.at = new = old + len(data)
             else:
@@ -569,7 +619,7 @@ class Exchange:
 
     def attend(self, publisher: Publisher) -> None:
         """Go on sending to a socket that was full; nothing should arrive on it."""
-        with contextlib.suppress(BlockingIOError):
+        with contextlib.suppress(BlockingIOError, ssl.SSLWantReadError):
             data = publisher.sock.recv(4096)
             if not data:
                 raise LoadFailed("the server closed a publisher's connection")
@@ -1058,7 +1108,7 @@ async def serve_websockets(port: int, secret: str) -> None:
                 readers[channel].discard(connection)
 
     async with serve(handle, "127.0.0.1", port, process_request=authenticate,
-                     compression=None, ping_interval=None) as server:
+                     compression=None, ping_interval=None, ssl=server_context()) as server:
         await server.serve_forever()
 
 
@@ -1100,7 +1150,7 @@ async def serve_aiohttp(port: int, secret: str) -> None:
     app.router.add_get("/", handle)
     runner = web.AppRunner(app, access_log=None)
     await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", port).start()
+    await web.TCPSite(runner, "127.0.0.1", port, ssl_context=server_context()).start()
     await asyncio.Event().wait()
 
 
@@ -1180,8 +1230,9 @@ class Server:
 
     def environ(self, port: int, secret: str) -> dict[str, str]:
         """Return its environment; settings of the caller's own must not reach Philote."""
+        common = "PATH", "HOME", "LANG", "TMPDIR", "TLS_CERT"
         kept = {name: value for name, value in os.environ.items() if self.whole_environ
-                or name.startswith("PYTHON") or name in ("PATH", "HOME", "LANG", "TMPDIR")}
+                or name.startswith("PYTHON") or name in common}
         return {**kept, "PORT": str(port), "SECRET": secret, "LOGLEVEL": "error",
                 "MAX_CONNECTIONS": "20000", **self.settings}
 
@@ -1191,7 +1242,9 @@ class Server:
             if not self.is_philote:
                 socket.create_connection(("127.0.0.1", port), timeout=1).close()
                 return True
-            connection = http.client.HTTPConnection("127.0.0.1", port, timeout=1)
+            context = client_context()
+            connection = (http.client.HTTPSConnection("127.0.0.1", port, timeout=1, context=context)
+                          if context else http.client.HTTPConnection("127.0.0.1", port, timeout=1))
             with contextlib.closing(connection):
                 connection.request("GET", "/health")
                 return connection.getresponse().status == 200
@@ -1238,6 +1291,18 @@ def running_redis() -> Iterator[str]:
             yield f"redis://127.0.0.1:{port}/0"
         finally:
             end_process(process)
+
+
+@contextlib.contextmanager
+def new_certificate() -> Iterator[str]:
+    """Let openssl make a key and its certificate; yields the path of the file that holds both."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = os.path.join(folder, "localhost.pem")
+        subprocess.run(
+            ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256",
+             "-nodes", "-days", "2", "-subj", "/CN=localhost", "-out", path, "-keyout", path],
+            check=True, stderr=subprocess.DEVNULL)
+        yield path
 
 
 def await_serving(server: Server, process: subprocess.Popen[bytes], port: int,
@@ -1652,6 +1717,9 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
                         help="another server that speaks the protocol; started without a shell")
     parser.add_argument("--redis", action="store_true",
                         help="compare servers that share a Redis, by the loads of messages")
+    parser.add_argument("--tls", action="store_true",
+                        help="with TLS everywhere, by a certificate that openssl makes; a --peer "
+                        "finds its path in TLS_CERT")
     parser.add_argument("--save", "--json", type=parse_output, metavar="FILE", dest="json",
                         help="write all raw rounds")
     parser.add_argument("--compare", type=parse_report, metavar="FILE", dest="before",
@@ -1666,8 +1734,13 @@ def parse_arguments(arguments: list[str]) -> argparse.Namespace:
     options.seconds = 0.3 if options.quick else 1.2
     options.rounds = options.rounds or (1 if options.quick else 5)
     every = [load for load in LOADS.values() if not options.quick or load.connections < 10_000]
-    if options.redis:
-        every = [load for load in every if load.kind == "messages" and not load.stalled]
+    if options.redis and options.tls:
+        parser.error("--tls is not for --redis")
+    if options.redis or options.tls:
+        every = [load for load in every if load.kind == "messages" and not load.stalled
+                 or options.tls and load.name in ("connect", "idle-1000")]
+    if options.tls and (others := [load.name for load in options.loads or [] if load not in every]):
+        parser.error(f"--tls is not for {', '.join(others)}")
     options.loads = options.loads or every
     return options
 
@@ -1694,7 +1767,10 @@ def summary(options: argparse.Namespace) -> str:
 def compare(options: argparse.Namespace) -> int:
     """Run everything, and report; returns the exit status, 1 if a server did not start."""
     raise_file_limit()
+    os.environ.pop("TLS_CERT", None)  # a setting of Philote, and here of both ends
     with contextlib.ExitStack() as stack:
+        if options.tls:
+            os.environ["TLS_CERT"] = stack.enter_context(new_certificate())
         if options.redis:
             servers, missing = redis_servers(stack.enter_context(running_redis())), []
         else:
