@@ -1224,59 +1224,58 @@ def _slice(buffers: Sequence[bytes | memoryview], at: int, size: int) -> bytes |
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-class BusyThreads:
-    """Which connections' threads have work; the interpreter's switch interval follows their number.
+class SwitchInterval:
+    """Keeps threads that wait for the interpreter's lock from spending the CPU on asking for it.
 
-    A thread that waits for the interpreter's lock asks for it once in every interval. A short one
-    keeps one busy thread from delaying the others. But when thousands are woken at a time (a proxy
-    went away), asking is all they do: at 0.5 ms, 8,000 of them needed 11 s and both cores to be
-    gone; with an interval that follows them, 1 to 3 s. The few that come to run at first make the
-    interval longer for all.
+    Who waits for that lock asks its holder to let go, once in each switch interval. A short one
+    keeps a busy thread from delaying the others. But when thousands are woken at the same time,
+    they do nothing but ask, and who gets the lock loses it again after a few instructions: 3,000
+    peers that sent one ping each kept both cores busy for 27 s at 0.5 ms, and for 0.5 s at 1 s,
+    where each is done in one turn.
+
+    Nothing tells how many are waiting. But who has asked has slept before, a voluntary context
+    switch (getrusage(2)). When there are far more of these than the reads explain, the interval is
+    long at once; after a while it is shortened, step by step, until there are too many again.
     """
 
     SHORT, LONG = 0.0005, 1.0  # seconds
-    FEW = 25  # threads; for more of them, the interval grows with the square of their number
-    NEWCOMER = 3  # threads that a new one counts as: it works for 0.2 ms, but waits for all others
+    PAUSE, HOLD = 0.005, 0.1  # seconds between two looks; and that the interval stays long
+    EXPLAINED = 8  # switches that a read explains: it sleeps, and then asks a few times
+    TOO_MANY = 20_000  # others a second; they cost 15 us each where machines are slow
 
     def __init__(self) -> None:
-        # Methods of sets are thread-safe.
-        self.connections: set[Connection] = set()
-        self.newcomers: set[Connection] = set()  # whose threads have not run yet
-        self.lock = threading.Lock()  # guards the limits and the interval that belongs to them
-        self.least, self.most = 1, 0  # the numbers of threads for which the interval is right
-        self._adjust()
+        # Used by all threads without a lock: it may be looked twice, and some reads not be counted.
+        self.reads = 0
+        self.seen = self.switches = 0  # reads and switches at the last look
+        self.looked = self.due = self.until = 0.0  # when that was; when to look again, or shorten
+        self.interval = self.SHORT
+        sys.setswitchinterval(self.interval)
 
-    def add(self, connection: Connection) -> None:
-        """Count a thread that has work."""
-        self.connections.add(connection)
-        if len(self.connections) > self.most:
-            self._adjust()
+    def count_read(self) -> None:
+        """Count that a thread has waited for its peer, and look if it is time."""
+        self.reads += 1
+        if (now := time.monotonic()) >= self.due:
+            # First of all, or this thread might lose the lock many times before it has looked.
+            sys.setswitchinterval(self.LONG)
+            self.due = now + self.PAUSE
+            self._look(now)
 
-    def discard(self, connection: Connection) -> None:
-        """Do not count a thread that is about to wait."""
-        self.connections.discard(connection)
-        if len(self.connections) < self.least:
-            self._adjust()
+    def expect_many(self) -> None:
+        """Make the interval long before threads are started, which all want to run at once."""
+        self.interval, self.until = self.LONG, time.monotonic() + self.HOLD
+        sys.setswitchinterval(self.LONG)
 
-    def expect(self, connection: Connection) -> None:
-        """Count a thread that is about to be started."""
-        self.newcomers.add(connection)
-        self._adjust()
-
-    def welcome(self, connection: Connection) -> None:
-        """Count a thread that has started like all others, or is not started after all."""
-        self.newcomers.discard(connection)
-
-    def _count(self) -> int:
-        return len(self.connections) + self.NEWCOMER * len(self.newcomers)
-
-    def _adjust(self) -> None:
-        # Who finds the lock taken leaves it to the holder, who looks again after letting go.
-        while not self.least <= (count := self._count()) <= self.most and self.lock.acquire(False):
-            self.most = max(self.FEW, 2 * count)
-            self.least = count // 2 if count > self.FEW else 0
-            sys.setswitchinterval(min(self.LONG, self.SHORT * max(1, (count / self.FEW) ** 2)))
-            self.lock.release()
+    def _look(self, now: float) -> None:
+        switches, reads = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw, self.reads
+        asked = switches - self.switches - self.EXPLAINED * (reads - self.seen)
+        if asked > self.TOO_MANY * (now - self.looked) > 0:
+            self.interval, self.until = self.LONG, now + self.HOLD
+        elif now >= self.until:
+            self.interval = max(self.SHORT, self.interval / 4)
+        self.looked, self.seen, self.switches = now, reads, switches
+        sys.setswitchinterval(self.interval)
+        # The system adds up what all threads did: 1 ms for 10,000 of them.
+        self.due = max(self.due, now + 50 * (time.monotonic() - now))
 
 
 # --------------------------------------------------------------------------------------- connection
@@ -1481,11 +1480,9 @@ class Connection:
     def wait(self) -> None:
         """Wait until there is something to read."""
         self.busy = False
-        if busy_threads := self.server.busy_threads:
-            busy_threads.discard(self)
         self.transport.wait()
-        if busy_threads:
-            busy_threads.add(self)
+        if switch_interval := self.server.switch_interval:
+            switch_interval.count_read()
         self.busy = True
 
     def pause(self, seconds: float, until: threading.Event | None = None) -> None:
@@ -1498,35 +1495,24 @@ class Connection:
         end = time.monotonic() + seconds
         hang_up = select.poll()
         hang_up.register(self.transport.descriptor, getattr(select, "POLLRDHUP", 0))
-        with self._not_busy():
-            while (self.state is not CLOSING and not self.server.stopping.is_set()
-                   and (left := end - time.monotonic()) > 0):
-                if until and until.wait(min(left, 0.25)):
-                    break
-                if hang_up.poll(0 if until else 1000 * min(left, 0.25)):
-                    raise ConnectionResetError("the peer is gone; what had to wait is lost")
-                self.last_received = time.monotonic()  # it lives, and is not asked
+        while (self.state is not CLOSING and not self.server.stopping.is_set()
+               and (left := end - time.monotonic()) > 0):
+            if until and until.wait(min(left, 0.25)):
+                break
+            if hang_up.poll(0 if until else 1000 * min(left, 0.25)):
+                raise ConnectionResetError("the peer is gone; what had to wait is lost")
+            self.last_received = time.monotonic()  # it lives, and is not asked
 
     def catch_up(self) -> bool:
         """Wait until all that is queued is written; False where the connection or server ends."""
         self.written = self.written or threading.Event()
-        with self._not_busy():
-            while self.state is SUBSCRIBED and not self.server.stopping.is_set():
-                self.written.clear()
-                self.flush()
-                if not self.size and not self.pending:
-                    return True
-                self.written.wait(0.25 if self.full else 0.001)  # another thread is writing
+        while self.state is SUBSCRIBED and not self.server.stopping.is_set():
+            self.written.clear()
+            self.flush()
+            if not self.size and not self.pending:
+                return True
+            self.written.wait(0.25 if self.full else 0.001)  # another thread is writing
         return False
-
-    @contextlib.contextmanager
-    def _not_busy(self) -> Iterator[None]:
-        busy_threads = self.server.busy_threads
-        if busy_threads:
-            busy_threads.discard(self)
-        yield
-        if busy_threads:
-            busy_threads.add(self)
 
     def charge(self, cost: float) -> float:
         """Charge a peer for work that it shows nothing for: no token, or no good message.
@@ -4495,7 +4481,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.own_log_limit = LogLimit()  # of others, which no flood of those can silence
         # For who owns the process, as `philote serve` does: set where there is an interpreter's
         # lock to share.
-        self.busy_threads: BusyThreads | None = None
+        self.switch_interval: SwitchInterval | None = None
         self.turn = threading.Lock()  # see take_turn()
         self.tls = _load_certificate(settings)  # for the next newcomer
         self.file: tuple[str, int] | None = None  # of a Unix socket: its path and inode
@@ -4636,6 +4622,8 @@ class Server(socketserver.ThreadingTCPServer):
         with contextlib.suppress(OSError, MemoryError, _Stopped):
             while len(newcomers) < _MOST_NEWCOMERS:
                 newcomers.append(self.get_request()[0])
+        if self.switch_interval:
+            self.switch_interval.expect_many()
         for connection in newcomers:
             self._start_thread(connection)
 
@@ -4643,8 +4631,6 @@ class Server(socketserver.ThreadingTCPServer):
         # Where the system has no thread left, the connection is refused.
         self.admission.admit(connection)
         try:
-            if self.busy_threads:
-                self.busy_threads.expect(connection)
             # threading.Thread.start() waits until the thread runs. One that finds no memory for
             # its first step never does, and nobody would be accepted any more.
             _thread.start_new_thread(self.run_connection, (connection,))
@@ -4652,8 +4638,6 @@ class Server(socketserver.ThreadingTCPServer):
             if self.own_log_limit.may_log("threads"):
                 log.error("no more threads, newcomers are refused: %s", error)
             self.admission.remove(connection)
-            if self.busy_threads:
-                self.busy_threads.welcome(connection)
             self._refuse_at_the_door(connection.transport.sock)
 
     def shutdown_request(self, request: Any) -> None:
@@ -4692,9 +4676,6 @@ class Server(socketserver.ThreadingTCPServer):
     def run_connection(self, connection: Connection) -> None:
         """Serve a connection from its first byte to its last. Its own thread begins here."""
         try:
-            if self.busy_threads:
-                self.busy_threads.add(connection)
-                self.busy_threads.welcome(connection)
             connection.handler = HTTPHandler(connection)
             subscriber = connection.handler.run()
             if subscriber:
@@ -4724,9 +4705,6 @@ class Server(socketserver.ThreadingTCPServer):
                     self.poller.forget(connection)
                 finally:
                     self.admission.remove(connection)
-                    if self.busy_threads:
-                        self.busy_threads.welcome(connection)
-                        self.busy_threads.discard(connection)
 
     def take_turn(self, size: int) -> contextlib.AbstractContextManager[Any]:
         """Let one thread at a time work on much input, where all share one interpreter's lock."""
@@ -5817,7 +5795,7 @@ def _serve(_: argparse.Namespace) -> int:
         _tell(f"cannot listen on {_where(settings)}: {error.strerror or error}")
         return 1
     if server.interpreter_lock:
-        server.busy_threads = BusyThreads()
+        server.switch_interval = SwitchInterval()
     server.on_failure = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
     with server:
         _greet(server)

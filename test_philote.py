@@ -43,6 +43,7 @@ import tracemalloc
 import uuid
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote, urlsplit
 
 import hypothesis
@@ -2956,14 +2957,12 @@ def test_without_threads_newcomers_are_refused_and_the_rest_goes_on(
         server, undisturbed, restless, caplog):
     # No system has room for such a stack: a thread cannot be started.
     size = threading.stack_size(1 << 46)
-    server.busy_threads = philote.BusyThreads()
     try:
         assert [status_of(server, upgrade_request()) for _ in range(3)] in (
             [503] * 3, [503, 503, None], [503, None, 503])
     finally:
         threading.stack_size(size)
     assert len([r for r in caplog.records if "no more threads" in r.message]) == 1
-    assert not server.busy_threads.newcomers
 
 
 def test_newcomers_that_do_not_block_are_let_block(server, undisturbed, monkeypatch):
@@ -2981,8 +2980,8 @@ def test_newcomers_that_do_not_block_are_let_block(server, undisturbed, monkeypa
 
 
 def test_newcomers_are_served_though_there_is_no_memory_for_one_of_them(
-        server, undisturbed, restless, monkeypatch):
-    server.busy_threads, real, left = philote.BusyThreads(), philote.Connection, [2]
+        server, undisturbed, monkeypatch):
+    real, left = philote.Connection, [2]
 
     def make(*arguments):
         left[0] -= 1
@@ -3000,7 +2999,6 @@ def test_newcomers_are_served_though_there_is_no_memory_for_one_of_them(
                 with contextlib.suppress(ConnectionError):
                     sock.sendall(http_request("GET", "/philote.js"))
             assert first.recv(12) == b"HTTP/1.1 200"
-    wait_until(lambda: not server.busy_threads.newcomers and not server.busy_threads.connections)
 
 
 def test_without_descriptors_newcomers_are_refused_and_nothing_spins():
@@ -3283,29 +3281,54 @@ def test_nothing_of_what_a_quiet_client_sent_is_held(reader, writer, traced):
     wait_until(lambda: traced()[0] - before < 20_000)
 
 
-def test_the_switch_interval_follows_the_busy_threads(restless, monkeypatch):
-    busy, interval = philote.BusyThreads(), sys.getswitchinterval
-    assert interval() == pytest.approx(busy.SHORT)
-    waits, go = hold(monkeypatch, sys, "setswitchinterval")
-    for change, first, expected in ((busy.add, 60, busy.LONG), (busy.discard, 2950, busy.SHORT)):
-        with background(lambda: [change(number) for number in range(first)]):
-            assert waits.wait(PATIENCE)  # it has counted, and is about to set the interval
-            for number in range(first, 3000):
-                change(number)
-            go.set()
-        assert interval() == pytest.approx(expected)
+def test_the_switch_interval_is_long_while_too_many_ask(restless, monkeypatch):
+    now, switches, interval = [100.0], [0], sys.getswitchinterval
+    monkeypatch.setattr(philote, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(philote.resource, "getrusage",
+                        lambda _: SimpleNamespace(ru_nvcsw=switches[0]))
+    follows = philote.SwitchInterval()
+    short, long = follows.SHORT, follows.LONG
+
+    def look(asked, reads=1, seconds=0.01):
+        now[0] += seconds
+        switches[0] += asked
+        follows.reads += reads - 1
+        follows.count_read()
+        return interval()
+
+    assert look(0) == pytest.approx(short)
+    assert look(5000, reads=1000) == pytest.approx(short)  # many have come, but few ask
+    assert look(500) == look(0) == long
+    steps = [look(0) for _ in range(20)]
+    assert steps[5] == long and steps[-1] == pytest.approx(short)
+    assert all(a >= b >= a / 17 for a, b in zip(steps, steps[1:]))
+    follows.expect_many()
+    assert interval() == look(0) == long
 
 
-def test_the_switch_interval_follows_newcomers_until_their_threads_run(restless):
-    busy, interval = philote.BusyThreads(), sys.getswitchinterval
-    for number in range(100):
-        busy.expect(number)
-    assert interval() > 20 * busy.SHORT
-    for number in range(100):
-        busy.add(number)
-        busy.welcome(number)
-        busy.discard(number)
-    assert interval() == pytest.approx(busy.SHORT) and not busy.newcomers
+@pytest.mark.full
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="no /proc here")
+def test_thousands_who_speak_at_once_do_not_ask_for_the_lock_all_the_time():
+    request, ping = upgrade_request(f"/?auth={make_token(['a'])}"), frame(9, b"all")
+
+    def cpu_seconds():
+        fields = Path(f"/proc/{server.pid}/stat").read_text().rpartition(")")[2].split()
+        return sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+
+    with serving(MAX_CONNECTIONS="3000") as server, \
+            contextlib.ExitStack() as stack:
+        peers = [stack.enter_context(dial(server)) for _ in range(1, 3000)]
+        for some in (peers[at:at + 50] for at in range(0, len(peers), 50)):
+            for sock in some:
+                sock.sendall(request)
+            assert all(sock.recv(4096).startswith(b"HTTP/1.1 101") for sock in some)
+        before = cpu_seconds()
+        for sock in peers:
+            sock.sendall(ping)
+        for sock in peers:
+            sock.settimeout(120)
+            assert sock.recv(4096) == frame(10, b"all", mask=b"")
+        assert cpu_seconds() - before < 3  # 0.4; where all ask all the time, 6 and more
 
 
 def test_the_servers_own_lines_are_logged_while_many_peers_are(server):
