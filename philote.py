@@ -170,7 +170,8 @@ def _number(low: float, high: float, what: str = "a number", convert: Any = int)
 
     def parse(text: str) -> Any:
         # Python refuses to convert more than 4,300 digits; 400 are far over every limit here.
-        if not re.fullmatch(pattern, text, re.ASCII) or not low <= convert(text[:400]) <= high:
+        if (len(text) > 400 or not re.fullmatch(pattern, text, re.ASCII)
+                or not low <= convert(text) <= high):
             raise ValueError
         return convert(text)
     return parse, f"{what} from {low} to {high}"
@@ -544,15 +545,17 @@ class Provider(jwt.PyJWKClient):
     def find(self, kid: str, wait: _Wait) -> Key:
         """Find a key by its id. Raises TokenError."""
         now, key = time.monotonic(), self.keys.get(kid)
-        under_way = self.fetch(now, self.fetched + _KEYS_TIME if key else now)
-        if not key and under_way:
-            wait(_FETCH_TIME, under_way)
-            key = self.keys.get(kid)
+        due = self.fetched + _KEYS_TIME if key else now
+        under_way = self.fetch(now, due)
+        if not key:
+            if under_way:
+                wait(_FETCH_TIME, under_way)
+            key = self.keys.get(kid)  # a fetch may have ended before we asked for one, too
         if key:
             return key
-        if self.fetched >= now:
+        if self.fetched >= now:  # one that began before may not have seen the newest key
             raise TokenError("the token's key (kid) is not among those of PUBLIC_KEYS")
-        again = max(1, math.ceil(self.due - time.monotonic()))
+        again = math.ceil(max(1, self.due - time.monotonic()))
         raise TokenError("the token's key (kid) is not known; the keys of PUBLIC_KEYS are fetched "
                          f"again in {again} seconds at the earliest", again)
 
@@ -2041,6 +2044,10 @@ class History:
                      for position in reversed(range(first, first + len(payloads)))), count)
         return sorted(found)
 
+    def names_behind(self, position: int) -> set[str]:
+        """List the channels of all that lies behind an id, and perhaps of the group before it."""
+        return {name for _, name, _, _ in self.groups[self._index(position + 1):]}
+
     def _gather(self, found: Iterable[Entry]) -> tuple[list[Entry], bool]:
         # As many as make a piece, and whether they do.
         entries, size = list[Entry](), 0
@@ -2264,7 +2271,8 @@ class Log:
 
     # The holder of the lock
 
-    def _look_back(self, past: Past, names: Iterable[str]) -> tuple[int, bool, list[int]]:
+    def _look_back(self, past: Past, names: Names, kept: Iterable[str],
+                   seen: int) -> tuple[int, bool, list[int]]:
         # Where a replay begins, whether nothing is missing there, and which ids come before it.
         self.history.trim(self.now)
         met = past.since is None or self.history.floor <= past.since and (
@@ -2273,24 +2281,24 @@ class Log:
         if past.since is not None and (met or past.partly):
             position = min(max(past.since, self.history.floor), self.position)
             return position, met, []
-        return position, met, self.history.last(past.last, names)
+        return position, met, self.history.last(
+            past.last, {*kept, *filter(names.cover, self.history.names_behind(seen))})
 
-    def _find_kept(self, names: Names, past: Past) -> Iterable[str]:
-        # The channels that `last` is about; patterns are compared while the lock is free.
-        if not past.last or not names.prefixes:
-            return names
+    def _find_kept(self, names: Names, past: Past) -> tuple[Iterable[str], int]:
+        # The channels that `last` is about, and up to which id: there may be new ones behind it,
+        # for patterns are compared with all channels while the lock is free.
         with self.lock:
-            kept = [*self.history.by_name]
-        return [name for name in kept if names.cover(name)]
+            kept, seen = [*self.history.by_name] if past.last else [], self.position
+        return [*filter(names.cover, kept)] if names.prefixes else names, seen
 
     def _walk(self, names: Names, past: Past, live: Names, begin: Callable[[int, bool], None],
               tell_gap: Callable[[int], None]) -> Iterator[tuple[list[Entry], int, bool, bool]]:
         # Each step takes the lock's holder through a piece of the past: to the messages there, the
         # position behind them, whether all is complete so far, and whether it is the last now.
         # Before the first, the lock is free.
-        history, kept = self.history, self._find_kept(names, past)
+        history, (kept, seen) = self.history, self._find_kept(names, past)
         yield [], 0, True, False
-        position, complete, ids = self._look_back(past, kept)
+        position, complete, ids = self._look_back(past, names, kept, seen)
         begun = self.position
         begin(position, complete)
         while True:
@@ -2321,8 +2329,12 @@ class Log:
 
     def _leave(self, subscriber: Subscriber, name: str) -> None:
         groups = self.joined[name] if name in self.joined else {}
-        groups.get(subscriber.encoder, {}).pop(subscriber.connection, None)
-        if groups and not any(groups.values()):
+        if subscriber.connection not in groups.get(subscriber.encoder, ()):
+            return
+        del groups[subscriber.encoder][subscriber.connection]
+        if not groups[subscriber.encoder]:
+            del groups[subscriber.encoder]
+        if not groups:
             del self.joined[name]
             if name[-1] == "*":
                 self.prefix_sizes -= collections.Counter([len(name) - 1])  # none at zero are kept
@@ -2388,7 +2400,7 @@ class Batch:
         self.size += len(payload)
         if self.size >= self.limit:
             self.flush()
-            self.limit = min(4 * self.limit, _LARGEST_GATHERED)
+            self.limit = max(self.least, min(4 * self.limit, _LARGEST_GATHERED))
 
     def deliver(self) -> None:
         """Append the messages to the log."""

@@ -462,7 +462,8 @@ def test_a_setting_is_read(name, value, expected):
 @pytest.mark.parametrize("name, value", [
     ("HOST", "unix:"), ("PORT", "65536"), ("PORT", "-1"),
     ("PORT", "http"), ("PORT", ""), ("PORT", "1_0"),
-    ("PORT", "\u0661"), ("PORT", "9" * 5000), ("LOGLEVEL", "verbose"), ("MAX_CONNECTIONS", "0"),
+    ("PORT", "\u0661"), ("PORT", "9" * 5000), ("PORT", "0" * 400 + "99999"),
+    ("LOGLEVEL", "verbose"), ("MAX_CONNECTIONS", "0"),
     ("MAX_CONNECTIONS", "1.5"), ("READ_BUFFER_SIZE", "0"), ("WRITE_BUFFER_SIZE", "1k"),
     ("MAX_MESSAGE_SIZE", "0"), ("MAX_QUEUE_SIZE", "-5"), ("MAX_MESSAGE_RATE", "nan"),
     ("PING_INTERVAL", "inf"), ("SHUTDOWN_TIMEOUT", "-1"), ("CHECK_ORIGIN", "yes"),
@@ -1024,6 +1025,34 @@ def test_keys_are_fetched_again_after_a_while_and_nobody_waits_for_it(provider, 
         wait_until(lambda: provider.count > count)
         go_on.set()
         wait_until(lambda: enter(server, "one")[0] == 401)
+
+
+def test_a_key_that_came_while_a_token_was_about_to_ask_for_it_is_found(provider, monkeypatch):
+    with trusting(provider) as server:
+        waits, go = hold(monkeypatch, philote.Provider, "fetch")
+        provider.answer = provider.tell(jwk("secp256r1", "two"))
+        with background(partial(enter, server, "two", "secp256r1", "ES256")) as (entering,):
+            assert waits.wait(PATIENCE)
+            server.keys.reload()
+            wait_until(lambda: "two" in server.keys.provider.keys)
+            wait_until(lambda: not server.keys.provider.under_way)
+            go.set()
+            assert entering.result(PATIENCE) == (200, "")
+
+
+def test_an_unknown_key_is_answered_where_the_keys_are_asked_for_during_a_fetch_that_fails(
+        provider):
+    with trusting(provider) as server:
+        provider.answer = provider.send(b"no keys")
+        go_on = provider.hang()
+        server.keys.reload()
+        wait_until(lambda: provider.count == 2)
+        with background(partial(enter, server, "two")) as (entering,):
+            wait_until(lambda: pending_count(server))
+            server.keys.reload()
+            go_on.set()
+            status, reason = entering.result(PATIENCE)
+            assert status == 503 and "in 1 seconds" in reason
 
 
 def test_a_provider_that_draws_out_its_answer_is_asked_again_and_its_late_one_not_taken(
@@ -3567,6 +3596,36 @@ def test_what_was_asked_for_of_the_past_comes_first_in_order_and_then_what_is_ne
             assert stream.read_event() == [f"id: {message.pop('id')}\n".encode(), b"data: %b\n" % (
                 json.dumps(message, separators=(",", ":")).encode())]
         assert client.is_quiet()
+
+
+@pytest.mark.parametrize("query", ["?last=1", "?since=0-0&last=1"])
+def test_the_first_message_of_a_channel_is_not_missed_while_patterns_are_compared(
+        server, monkeypatch, query):
+    publish_to(server, ["c.1"])
+    waits, go = hold(monkeypatch, philote.Log, "_find_kept", at_end=True)
+    with background(lambda: Returner(server, ["c.*"], query)) as (connecting,):
+        assert waits.wait(PATIENCE)
+        publish_to(server, ["c.2", "d"], 1)
+        go.set()
+        with connecting.result(PATIENCE) as client:
+            assert client.receive_data(2) == [0, 1]
+
+
+def test_nothing_is_encoded_for_those_who_have_left(server):
+    with RawClient(server, ["a"]) as plain:
+        with Returner(server, ["a"]):
+            wait_until(lambda: len(server.log.joined["a"]) == 2)
+        wait_until(lambda: len(server.log.joined["a"]) == 1)
+        publish_to(server, "a")
+        assert plain.receive_data(1) == [0]
+
+
+@with_settings(write_buffer_size=200_000)
+def test_what_is_gathered_is_never_less_than_the_setting_says(server, reader):
+    batch = philote.Batch(server, "x", "", *server.admission.connections())
+    for _ in range(3):
+        batch.add("a", json.dumps("x" * 190_000))
+        assert batch.limit == 200_000
 
 
 @pytest.mark.parametrize("query, named", [
