@@ -36,8 +36,9 @@ The threads, and what each may wait for:
     accept      Server.serve_forever. Waits for newcomers only; starts a thread for each.
     connection  Server.run_connection. Waits for its own peer's bytes, and where a limit makes the
                 peer wait (Connection.pause), and for room for what it sends him of the past
-                (Connection.catch_up). Never waits for another peer: it writes to the sockets of
-                all subscribers, but only what they take at once.
+                (Connection.catch_up). With REDIS_URL also for Redis, 5 or 10 seconds at most, where
+                he asks for what needs it. Never waits for another peer: it writes to the sockets
+                of all subscribers, but only what they take at once.
     poller      Poller.run. Waits for sockets that were full and for points in time, for all
                 connections together.
     append,     RedisLog, only with REDIS_URL. Each waits for Redis on a connection of its own.
@@ -45,6 +46,8 @@ The threads, and what each may wait for:
     main        `philote serve` waits for a signal there, then calls Server.stop.
     log         BackgroundHandler: the only thread that waits for standard error.
     keys        Provider._run, while it fetches the keys of an identity provider.
+
+The client, which shares nothing with the server, has its own threads and locks; see there.
 
 The locks, in the order in which they may be taken while another is held:
 
@@ -59,15 +62,15 @@ The locks, in the order in which they may be taken while another is held:
     Metrics.lock, LogLimit.lock  a few counters; nothing else is taken under them
     Provider.lock    whether keys are being fetched; nothing else is taken under it
 
-A connection is in one state at a time; see State below for the table, and Connection.move() for
+A connection is in one state at a time; see State below for the table, and Connection._move() for
 the one place where it changes.
 
 What the server promises, and where each promise is kept:
 
     one order       A message gets its id and enters the queues of all its subscribers under
                     Log.lock (Log.append), and a queue is written first in, first out.
-    all, or         A queue over its limit ends its connection (Connection.flush, Subscriber.
-    disconnected    on_overflow): nobody stays connected who missed a message. Who comes back joins
+    all messages,   A queue over its limit ends its connection (Connection.flush, Subscriber.
+    or an end       on_overflow): nobody stays connected who missed a message. Who comes back joins
                     under the same lock behind the last message of the past (Log.replay).
     nobody waits    A publisher writes to a socket only what that takes at once (Transport.send);
     for another     the rest is the poller's work (Connection.resume).
@@ -536,7 +539,8 @@ class Provider(jwt.PyJWKClient):
         self.keys: dict[str, Key] = {}  # by id; replaced as a whole
         self.declared: dict[str, Any] = {}  # by id, the algorithm that a key says it is for
         self.problem = ""  # why the last fetch brought no keys
-        self.lock = threading.Lock()  # guards the next four
+        # Guards each change of the next four; who can live with an older value reads without it.
+        self.lock = threading.Lock()
         self.under_way: threading.Event | None = None  # a fetch, set at its end
         self.begun = -math.inf  # when it began; these are points of the monotonic clock
         self.due = -math.inf  # when the next may begin
@@ -562,7 +566,9 @@ class Provider(jwt.PyJWKClient):
     def fetch(self, now: float, due: float = -math.inf) -> threading.Event | None:
         """Begin to fetch the keys if that is due; returns what is set at the end, if it is."""
         with self.lock:
-            given_up = now > self.begun + _LONGEST_FETCH  # the one that is under way
+            # The one that is under way: its timeout is for each wait for bytes, which a provider
+            # that sends them one by one never exceeds.
+            given_up = now > self.begun + _LONGEST_FETCH
             if now >= max(due, self.due) and (given_up or not self.under_way):
                 self.begun, self.due = now, now + _FETCH_PAUSE
                 self.under_way = threading.Event()
@@ -597,7 +603,7 @@ class Provider(jwt.PyJWKClient):
             keys = {kid: key.only(self.declared.get(kid)) for kid, key in found.items()}
             if not any(key.algorithms for key in keys.values()):
                 raise ValueError("none of them is a public key that can be used")
-            if self.under_way is not under_way:
+            if self.under_way is not under_way:  # fetch() has begun another
                 raise ValueError("it took too long")
             self.keys, fetched, self.problem = keys, begun, ""
             log.info("PUBLIC_KEYS: %d keys from %s", len(keys), self.name)
@@ -630,6 +636,8 @@ class Keyring:
         self.provider: Provider | None = None
         if settings.old_secret and not settings.secret:
             raise SettingsError("OLD_SECRET: it is let in only beside a SECRET")
+        # Without any key of ours the empty secret verifies, as the original's clients sign with it.
+        # Beside public keys it must not, for everybody knows it.
         secrets = [settings.secret, *filter(None, [settings.old_secret])]
         self.secrets = [Key(_signing_key(secret), _HMAC) for secret in secrets
                         if secret or settings.protected]
@@ -845,7 +853,7 @@ def _quoted(text: str) -> str:
 
 # Our own close codes (section 7.4.2): the token expired; an operator ended the connection.
 EXPIRED, ENDED = 4401, 4403
-_XOR = [bytes(a ^ b for a in range(256)) for b in range(256)]
+_XOR = [bytes(a ^ b for a in range(256)) for b in range(256)]  # _XOR[b][a], for bytes.translate()
 
 
 class FrameError(ValueError):
@@ -869,7 +877,7 @@ def encode_frame(opcode: int, payload: bytes) -> bytes:
 
 
 def encode_frames(opcode: int, payloads: Iterable[bytes]) -> bytes:
-    """Encode many frames. In one loop: a function for each would take half of the time."""
+    """Encode many frames. In one loop: a call for each would be half of all the time spent."""
     parts, first = list[bytes](), 0x80 | opcode
     for payload in payloads:
         size = len(payload)
@@ -934,7 +942,10 @@ class _Fragments:
         self.payload = bytearray()
 
     def add(self, first: int, payload: bytes) -> str | Frame:
-        """Add a fragment; returns the message behind the last. Raises FrameError."""
+        """Add a fragment; returns the message behind the last. Raises FrameError.
+
+        Those before it are returned as empty frames, for the peer is charged for them.
+        """
         if bool(first & 15) is bool(self.opcode):  # a beginning in the middle, or the reverse
             raise FrameError(CloseReason.PROTOCOL_ERROR, "fragments out of order")
         self.opcode = self.opcode or first & 15
@@ -958,8 +969,12 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
 
     It yields a str for a text message, a Frame for any other frame that is in order, bytes for
     what simple-websocket has to judge (all from a broken frame on, or one close frame), and None
-    when it needs more bytes, given to it by send(). Raises FrameError.
+    when it needs more bytes. Raises FrameError.
+
+        send(bytes) -> item    next() -> item ... next() -> None: all is used up, send() again
     """
+    # The frame under way begins at `at`, its payload at `body`; the four bytes before that are the
+    # masking key.
     data, at, fragments = b"", 0, _Fragments()
     while True:
         have = len(data) - at
@@ -972,7 +987,7 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
         first, size = data[at], second & 0x7F
         if size >= 126:
             size = int.from_bytes(data[at + 2:body - 4], "big")
-        if not _is_well_formed(first, second, size):
+        if not _is_well_formed(first, second, size):  # nothing behind it can be understood
             rest = data[at:]
             while True:
                 yield rest
@@ -1031,7 +1046,12 @@ _buffers: collections.deque[Any] = collections.deque(maxlen=8)
 
 
 class Transport:
-    """A socket: read by one thread, written by any. wait() waits, and no other call has to."""
+    """A socket: read by one thread, written by any. wait() blocks, and no other method does.
+
+    `descriptor` is a bare number. Once the socket is closed, the system gives it to another
+    connection, where a late write would reach a stranger. So Connection sends and closes under its
+    lock, and sends nothing behind the close.
+    """
 
     __slots__ = ("sock", "descriptor")
     owed = 0  # bytes that send() has begun to write, and wants to be given again
@@ -1041,7 +1061,10 @@ class Transport:
         self.descriptor = sock.fileno()
 
     def wait(self) -> None:
-        """Wait until there is something to read, or the end. The bytes stay where they are."""
+        """Wait until there is something to read, or the end.
+
+        The bytes stay where they are: Connection.read() has to be `busy` before it takes them.
+        """
         self.sock.recv(1, socket.MSG_PEEK)
 
     def receive(self, size: int) -> bytes | None:
@@ -1123,6 +1146,12 @@ class TLSTransport(Transport):
     time, when the socket has taken the one before: what is queued for who does not read waits as
     plain text, which all subscribers share, and is counted there.
 
+    What is encrypted cannot be taken back. A piece counts as sent once all of its record is
+    written; until then the caller still has it, and begins each call with the same bytes:
+
+        the queue of the connection    [######## owed ########|......... plain .........]
+                                          its record is in `encrypted`, partly written
+
     The handshake is part of receive().
     """
 
@@ -1177,7 +1206,9 @@ class TLSTransport(Transport):
     def send(self, data: bytes) -> int:
         """Encrypt and write what the socket takes at once; returns how many bytes of `data`."""
         with self.lock:
-            if not (self.encrypted or self.owed) and len(data) <= _MOST_ENCRYPTED:  # as ever, fast
+            # As a rule. Where something is owed and nothing encrypted, receive() has written the
+            # rest of it, and send_all() counts it.
+            if not (self.encrypted or self.owed) and len(data) <= _MOST_ENCRYPTED:
                 self.tls.write(data)
                 encrypted = self.outgoing.read()
                 sent = Transport.send(self, encrypted)
@@ -1290,7 +1321,8 @@ class SwitchInterval:
 CLOSING_TIME = 3  # seconds that a peer has to answer our end of the connection with its own
 _OVERHEAD = 64  # bytes that Python takes for an entry of a queue, beside its data
 _SMALL = 1024  # bytes; smaller entries that wait are put together
-# The queue of all whose socket has taken everything; one of their own would be 0.8 KiB for each.
+# The queue of all whose socket was never full; their own would be 0.8 KiB for each. _append() gives
+# them that; this one takes nothing in, so a mistake would not reach another connection.
 _NOTHING: collections.deque[bytes | memoryview] = collections.deque(maxlen=0)
 
 
@@ -1301,8 +1333,8 @@ class State(enum.Enum):
        |     <-----    |                |             behind an answer that is not the last
        '---------------+----------------'---> CLOSING ---> CLOSED
 
-    Who wins where two want to change it is decided by Connection.move() alone, which does it under
-    the connection's lock or not at all:
+    It changes in Connection._move() alone, under the connection's lock, and only along these lines.
+    So where two want to change it, the first one wins, and the other finds that it is too late:
 
     deadline, request   Connection.finish(only=READING) against move(ANSWERING): 408, or the answer
     eviction, upgrade   Connection.evict() against move(SUBSCRIBED): subscribers are not evicted
@@ -1350,7 +1382,8 @@ class Connection:
         # Appended to by any thread without the lock, as list.append is thread-safe; so is taking
         # from the front. A deque would be 0.7 KiB for each connection.
         self.pending: list[bytes] = []
-        # Taken from pending, in order. Not empty only while `full`, or while CLOSING.
+        # Taken from pending, in order. Not empty only while `full`, or while CLOSING. What is half
+        # written is a memoryview of its rest.
         self.unsent = _NOTHING
         self.size = 0  # bytes that unsent takes, overhead included
         self.sent = 0  # bytes written so far
@@ -1378,7 +1411,13 @@ class Connection:
     def flush(self) -> None:
         """Write what the socket takes without waiting."""
         # A thread that finds the lock taken leaves its data to the holder; so the holder looks
-        # again after letting go.
+        # again after letting go. Whichever comes first, one of the two sees the data:
+        #
+        #     A:  lock | take, write ... | unlock | is anything pending? yes: lock, write it
+        #     B:          append | try to lock: taken, go on
+        #
+        # So whoever has held the lock for anything calls this behind it, but where nothing can be
+        # written any more (abort, close), or the socket is full and resume() will come.
         while self.pending and self.lock.acquire(False):
             try:
                 overflow = self._write()
@@ -1461,9 +1500,10 @@ class Connection:
 
         With `look_first` it waits only if nothing has come: to wait is to let others run.
 
-        A server that stops asks which threads are busy, and waits for them. It cannot see what a
-        thread holds that is not busy, so bytes are taken from the socket only when it is. What a
-        subscriber sends to a server that is stopping is taken and dropped.
+        What a subscriber sends to a server that is stopping is taken and dropped. Nothing falls
+        between: this thread becomes busy and then looks whether the server is stopping, and
+        Server.stop() says so and then looks who is busy. One of them sees the other. That is why
+        wait() takes no bytes.
         """
         while True:
             if not look_first:
@@ -1504,7 +1544,7 @@ class Connection:
                 break
             if hang_up.poll(0 if until else 1000 * min(left, 0.25)):
                 raise ConnectionResetError("the peer is gone; what had to wait is lost")
-            self.last_received = time.monotonic()  # it lives, and is not asked
+            self.last_received = time.monotonic()  # a peer that waits misses no heartbeat
 
     def catch_up(self) -> bool:
         """Wait until all that is queued is written; False where the connection or server ends."""
@@ -1546,7 +1586,7 @@ class Connection:
         """Close the socket; the last act of its thread.
 
         While the poller may be waiting for the socket, its descriptor must not be given to another
-        connection: then the poller closes it.
+        connection, which it would be waiting for then: the poller itself closes it.
         """
         with self.lock:
             self._give_up()
@@ -1572,7 +1612,7 @@ class Connection:
         # Before the state, for the poller looks at all of them without the lock.
         self.cut_at, self.patience = time.monotonic() + CLOSING_TIME, patience
         self._move(CLOSING)
-        if discard:
+        if discard:  # but a frame that the peer has a part of is finished, also what TLS has begun
             begun, queued, self.unsent = self.transport.owed, self.unsent, collections.deque()
             for data in queued:
                 if begun > 0 or isinstance(data, memoryview):
@@ -1605,7 +1645,8 @@ class Connection:
             self.unsent = collections.deque([memoryview(data)[sent:] if sent else data])
             self.size = len(data) - sent + _OVERHEAD
             self._wait_for_room()
-        # The entry that is being written does not count, so that one message always fits.
+        # The first entry does not count, however large it is: it may be one message, or all that
+        # was pending.
         if (self.overflowed or self.state in (CLOSING, CLOSED) or not self.unsent
                 or self.size - len(self.unsent[0]) <= self.server.settings.max_queue_size):
             return False
@@ -1672,7 +1713,10 @@ class Connection:
 
 
 class RateLimit:
-    """A bucket that holds one second's worth. Used by one thread."""
+    """A token bucket that holds one second's worth, at least 1. Used by one thread.
+
+    It may be overdrawn: who takes more waits until it is level again.
+    """
 
     __slots__ = ("limit", "allowance", "at")
 
@@ -1729,7 +1773,8 @@ class Poller(threading.Thread):
     def call_at(self, connection: Connection, due: float) -> None:
         """Ask for connection.on_deadline() at a point of the monotonic clock, or before.
 
-        It may be called earlier, for what was asked before; it finds out itself what is due.
+        A connection has one deadline, the earliest that was asked for. on_deadline() finds out what
+        is due, and returns the next.
         """
         with self.lock:
             number = connection.number
@@ -1843,7 +1888,8 @@ class Poller(threading.Thread):
 # up to where he has everything gets the rest.
 #
 # An id is MILLISECONDS-N: the clock's, never going back, and a counter within the millisecond. It
-# is held as one whole number, for ids are compared and counted on.
+# is held as one whole number, milliseconds << 64 | N: ids are compared, those of a batch follow one
+# another, and a time is an id too.
 
 _COUNTER_BITS = 64
 _COUNTER = (1 << _COUNTER_BITS) - 1
@@ -1870,7 +1916,7 @@ class Past(NamedTuple):
     """What a subscriber wants of the past."""
 
     since: int | None = None  # everything behind this id; None: from now on
-    partly: bool = False  # content with what is kept of it
+    partly: bool = False  # if not all of that is kept, the rest will do
     last: int = 0  # of each channel, where `since` cannot be met or is not given
     resumable: bool = False  # whether it gets ids
 
@@ -1943,6 +1989,14 @@ class History:
     """The last messages of the log, within a time and a size. Guarded by the log's lock.
 
     Messages that were published together stay together: they are kept and forgotten as one.
+
+        groups     [ gone gone gone | G1 G2 G3 G4 ... ]    by id; `start` is at the bar
+        by_name    "a" -> G1 G3    "b" -> G2 G4            the same groups
+
+    Ids rise, so one is found by bisection. The oldest of all is the oldest of its channel, too: to
+    forget it is to move the bar and take the first of that channel's. What is gone is cut off when
+    it is half of the list, so that a step costs little on average. Nothing behind `floor` is gone:
+    that is the whole test of whether somebody missed anything.
     """
 
     def __init__(self, settings: Settings, floor: int) -> None:
@@ -1959,7 +2013,7 @@ class History:
     def append(self, first: int, name: str, payloads: Sequence[bytes]) -> None:
         """Keep messages with consecutive ids."""
         size = sum(map(len, payloads)) + _GROUP_OVERHEAD + len(payloads) * _KEPT_OVERHEAD
-        if size > self.limit >> 3 and len(payloads) > 1:  # too much to be forgotten at once
+        if size > self.limit >> 3 and len(payloads) > 1:  # to forget it would empty the history
             for position, payload in enumerate(payloads, first):
                 self.append(position, name, [payload])
             return
@@ -1984,7 +2038,9 @@ class History:
     def trim(self, now: int) -> None:
         """Forget what is too old or too much."""
         groups, at, oldest = self.groups, self.start, now - self.time
-        least = self.count - _SCAN  # so many at a time; others go with the next messages
+        # Of what is too old, so many at a time: behind a pause, others go with the next messages.
+        # What is too much goes at once, and a little more, that not each message has to do it.
+        least = self.count - _SCAN
         limit = self.limit if self.size <= self.limit else self.limit - (self.limit >> 6)
         while at < len(groups) and (
                 self.size > limit or groups[at][0] < oldest and self.count > least):
@@ -2009,7 +2065,7 @@ class History:
         """Read a piece of what lies behind an id; returns it, and how far that is.
 
         What was published since `begun` is left out where it is among `live`, which the subscriber
-        has had since then.
+        had joined before: it is in his queue, and would come twice.
         """
         prefixes, begin = names.prefixes, self._index(position + 1)
         groups = self.groups[begin:begin + _SCAN // (1 + len(prefixes) // 10) + 1]
@@ -2059,7 +2115,8 @@ class History:
         return entries, False
 
     def _index(self, position: int) -> int:
-        # Of the group that has this id or, if that is forgotten, the first of all.
+        # Of the group that has this id or, if that is forgotten, the first of all. What is gone is
+        # not looked at: it has no ids.
         return max(self.start, bisect.bisect_right(
             self.groups, position, self.start, key=operator.itemgetter(0)) - 1)
 
@@ -2111,16 +2168,17 @@ class Log:
         """Give messages of one issuer to a channel their ids; `user` is the part that names him.
 
         The subscribers that they are queued for are added to `touched`: the caller flushes their
-        connections, without any lock. Who wants to know is told in the same moment: a client that
-        saw a higher id than that of its message has been told of that message before. Else it would
-        come back from behind it, not see it, and publish it again.
+        connections, without any lock. Who wants to know is told under the same lock, so that an
+        acknowledgement stands in its queue before all higher ids. Else a client could see one of
+        those, lose its connection, come back from behind its own message, and publish it again.
         """
         receivers = 0
-        # Here and wherever else threads share a dictionary, it is not asked by get(): on
-        # free-threaded CPython 3.13 that takes 60 us instead of 0.1 where the key that it holds, or
-        # the value, was made by another thread. It takes the dictionary's lock then, and has it.
+        # Here and wherever else threads share a dictionary, it is not asked by get(): where another
+        # thread made the key that it holds, or the value, free-threaded CPython 3.13 takes the
+        # dictionary's lock for that, and 60 us instead of 0.1.
         #
-        # What needs no id is encoded before the lock is taken, for those that seem to be there.
+        # What needs no id is encoded before the log's lock is taken, for those that seem to be
+        # there. Others are encoded for below.
         bare = [payload.replace(user, b"", 1) for payload in payloads] if user else payloads
         try:
             seeming = self.joined[name].copy()
@@ -2128,7 +2186,7 @@ class Log:
             seeming = {}
         encoded = {encoder: encoder.encode(bare) for encoder in seeming if not encoder.with_ids}
         with self.lock:
-            first = first or max(self.position + 1, time.time_ns() // 1_000_000 << _COUNTER_BITS)
+            first = first or max(self.position + 1, _now())
             self.position = first + len(payloads) - 1
             if self.history.limit:
                 self.history.append(first, name, payloads)
@@ -2154,8 +2212,17 @@ class Log:
                ) -> Iterator[None]:
         """Queue what was asked for of the past, piece by piece, then let a subscriber join.
 
-        What is published until then is part of it: nothing falls between. At each yield the caller
-        waits until the queue is empty; no lock is held then, so who reads slowly holds up nobody.
+        It goes towards the end of the log, which moves on meanwhile:
+
+            floor        since             position               Log.position
+            --|------------|===============>|- - - - - - - - - - ->|
+            gone           queued so far    still to be read       messages are appended here
+
+        At each yield the caller waits until the queue is empty; no lock is held then, so who reads
+        slowly holds up nobody. When a piece reaches the end, it is queued and the channels are
+        joined under one lock: nothing falls between. When the floor passes the position, the
+        subscriber was too slow; he is told of a gap, and goes on at the end.
+
         `live` is what the subscriber has joined before. `before` and `after` make what is queued in
         front and behind, of the position that it stands for, and whether nothing is missing there.
         """
@@ -2275,6 +2342,7 @@ class Log:
                    seen: int) -> tuple[int, bool, list[int]]:
         # Where a replay begins, whether nothing is missing there, and which ids come before it.
         self.history.trim(self.now)
+        # An id that was not given out yet is another log's, or a wrong clock's.
         met = past.since is None or self.history.floor <= past.since and (
             past.partly or past.since <= self.position)
         position = self.position
@@ -2293,9 +2361,9 @@ class Log:
 
     def _walk(self, names: Names, past: Past, live: Names, begin: Callable[[int, bool], None],
               tell_gap: Callable[[int], None]) -> Iterator[tuple[list[Entry], int, bool, bool]]:
-        # Each step takes the lock's holder through a piece of the past: to the messages there, the
-        # position behind them, whether all is complete so far, and whether it is the last now.
-        # Before the first, the lock is free.
+        # Each step is made under the lock, but for the first, and takes its holder through a piece
+        # of the past: to the messages there, the position behind them, whether all is complete so
+        # far, and whether it is the last now. What `last` asks for comes first, by its ids.
         history, (kept, seen) = self.history, self._find_kept(names, past)
         yield [], 0, True, False
         position, complete, ids = self._look_back(past, names, kept, seen)
@@ -2374,13 +2442,15 @@ class Batch:
         self.issuer = issuer
         self.user = f'"user":{_quoted(user)},'.encode() if user else b""
         self.connection = connection  # counts what is published
+        # Once so many bytes are gathered, more are likely to come, and the limit grows fourfold. A
+        # flush that finds it less than a quarter used halves it.
         self.least = self.limit = min(server.settings.write_buffer_size, _MOST_GATHERED)
         self.channel = ""
         self.payloads: list[bytes] = []  # consecutive messages to that channel
         self.tells: list[tuple[int, Tell]] = []  # who wants to know of which of them, by index
         self.heads: dict[str, str] = {}  # by channel: what all its messages begin with
         self.size = 0
-        self.touched: dict[Connection, Any] = {}
+        self.touched: dict[Connection, Any] = {}  # to be flushed, in this order; no values
 
     def add(self, channel: str, data: str, tell: Tell | None = None) -> None:
         """Publish a message with data in JSON, by the next flush() at the latest."""
