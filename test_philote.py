@@ -1900,7 +1900,7 @@ def test_a_silent_peer_is_told_1011_and_dropped(server, caplog, reader):
 def test_a_silent_peer_whose_socket_is_full_is_dropped_too(server, slow_reader):
     with RawClient(server, write=["a"]) as writer:
         writer.publish("a", "x" * 6_000_000)
-        wait_until(lambda: totals(server)["queued"] > 0)
+        wait_until(lambda: totals(server)["queued"] > 0 or subscriber_count(server) < 2)
     wait_until(lambda: is_empty(server))
 
 
