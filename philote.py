@@ -2519,7 +2519,8 @@ _KINDS: dict[bytes, dict[str, type]] = {
         "gone": bool}}
 _INDEX_BITS = 16  # more messages than a batch ever has
 _HEARTBEAT_TIME = 2  # seconds between heartbeats
-_GONE_TIME = 10  # seconds without one, after which a server is taken to be gone
+_GONE_TIME = 30  # seconds without one, after which a server is taken to be gone: it may have been
+#                  waiting for its readers, and we for ours, ten seconds each (see _let_read())
 _UNAVAILABLE_TIME = 5  # seconds for an answer of Redis, and for an entry to come back
 _LAG_TIME = 10  # seconds that a client waits here whose position is another server's, and later
 _OUTBOX_SIZE = 1 << 24  # bytes that may wait to come back; publishers are read no further then

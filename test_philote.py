@@ -4542,6 +4542,20 @@ def test_who_reads_what_piled_up_during_a_break_is_not_taken_for_slow(store, has
         assert received[0].result() == texts
 
 
+def test_a_server_that_waits_for_who_reads_slowly_is_not_taken_to_be_gone(monkeypatch):
+    server = philote.RedisLog(philote.Settings(redis_url="redis://localhost"))
+    begin, slow = server.rested, SimpleNamespace(size=server.most + 1, sent=0)
+
+    def sleep(_):
+        slow.sent += 1  # it reads, but never enough
+    monkeypatch.setattr(philote, "time", SimpleNamespace(
+        monotonic=lambda: begin + slow.sent / 10, sleep=sleep))
+    server._let_read([slow] * 3)  # internal
+    stall = server.rested - begin
+    # That stall may be the other server's, too, in the end.
+    assert 9 < stall and 2 * (stall + philote._HEARTBEAT_TIME) < philote._GONE_TIME
+
+
 def test_redis_may_be_away_for_any_number_of_attempts(store, hasty, monkeypatch):
     attempts = []
     options = "?protocol=3&decode_responses=True&socket_timeout=0.01&max_connections=1"
