@@ -3892,8 +3892,10 @@ class HTTPHandler:
             if request.key.expired:
                 raise HTTPError(401, "the token has expired")
         if not self.server.log.wait_for_room(connection, _UNAVAILABLE_TIME):
-            raise HTTPError(503, f"nothing was published: {self.server.log.reason}", "unavailable",
-                            _RETRY)
+            if self.server.stopping.is_set():
+                raise HTTPError(503, "the server is shutting down", "shutting_down")
+            reason = self.server.log.reason or "too much waits for Redis"
+            raise HTTPError(503, f"nothing was published: {reason}", "unavailable", _RETRY)
         issuer, answers, done = str(uuid.uuid4()), dict[int, dict[str, Any]](), threading.Event()
 
         def tell(index: int, position: int, receivers: int) -> None:

@@ -4529,6 +4529,21 @@ def test_while_redis_is_away_publishers_wait_within_bounds_and_all_else_goes_on(
         wait_until(lambda: caplog.text.count(text) == 2, caplog.text)  # one of each server
 
 
+def test_who_is_refused_for_want_of_room_is_told_why(store, hasty, monkeypatch):
+    with running(redis_url=store.url) as server:
+        monkeypatch.setattr(philote, "_OUTBOX_SIZE", 0)  # internal
+        answer = ask(server, publish_request())
+        assert error_of(answer) == (503, "unavailable")
+        assert json.loads(answer[2])["reason"] == "nothing was published: too much waits for Redis"
+        waits, go = hold(monkeypatch, server.log, "wait_for_room")
+        with background(partial(ask, server, publish_request())) as asked:
+            assert waits.wait(PATIENCE)
+            with background(server.stop):
+                wait_until(server.stopping.is_set)
+                go.set()
+        assert error_of(asked[0].result()) == (503, "shutting_down")
+
+
 def test_who_reads_what_piled_up_during_a_break_is_not_taken_for_slow(store, hasty):
     texts = [f"{i} {'x' * 4000}" for i in range(2500)]
     with running(redis_url=store.url, max_queue_size=100_000) as server, \
