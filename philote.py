@@ -2597,8 +2597,6 @@ class Outbox:
         """Let an entry be appended."""
         with self.changed:
             self._put(entry)
-            self.changed.notify()
-
     def take(self, seconds: float) -> list[Outgoing]:
         """Wait for entries to be sent, so long at most, and take some."""
         with self.changed:
@@ -2655,6 +2653,7 @@ class Outbox:
         self.entries.append(entry)
         self.unsent.append(entry)
         self.size += entry.size
+        self.changed.notify()
 
 
 class RedisLog(Log):

@@ -4738,6 +4738,17 @@ def test_what_the_log_lost_before_it_came_back_is_appended_anew():
     assert outbox.take_back(6) is entries[2] and outbox.size == 0 == outbox.age()
 
 
+def test_what_the_log_lost_is_appended_at_once():
+    outbox, entries = philote.Outbox(), [philote.Outgoing([b"x"]) for _ in range(2)]
+    for entry in entries:
+        outbox.put(entry)
+    outbox.take(0)
+    with background(partial(outbox.take, 2 * PATIENCE)) as taken:
+        wait_until(lambda: outbox.changed._waiters)  # internal
+        outbox.take_back(2)
+        assert taken[0].result(PATIENCE) == [entries[0]]
+
+
 def test_a_redis_that_evicts_is_told_of_at_the_start(store, caplog):
     store.do("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     with running(redis_url=store.url) as server:
