@@ -3088,7 +3088,8 @@ class RedisLog(Log):
                     self.position = first
         except Exception:  # for want of memory: some may have it, and others not
             log.exception("Redis: unexpected error")
-            self.tell_gap(first + max(0, len(entry.payloads) - 1))
+            if entry.payloads:
+                self.tell_gap(first + len(entry.payloads) - 1)
             for index, tell in tells:  # they are in the log; some may have been told already
                 tell(first + index, 0)
         if own:

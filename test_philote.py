@@ -4594,6 +4594,17 @@ def test_an_entry_that_could_not_be_delivered_is_a_gap_and_comes_once_to_the_oth
         assert far.receive_data(2) == [0, 1] and far.is_quiet()
 
 
+def test_a_notice_that_fails_is_no_gap(pair, monkeypatch, caplog):
+    def fail(_):
+        raise RuntimeError("can't start new thread")
+    with Returner(pair[0], ["a"], "?since=now") as client:
+        monkeypatch.setattr(pair[0].log, "_receive_notice", fail)  # internal
+        wait_until(lambda: "can't start new thread" in caplog.text)
+        position, = publish_to(pair[0], "a")
+        assert client.receive()["id"] == position
+        assert not totals(pair[0])["redis_gaps"]
+
+
 def test_a_gap_comes_before_what_is_behind_it_to_who_is_catching_up_too(store, hasty):
     with running(redis_url=store.url, ping_interval=0) as server, \
             RawClient(server, ["a", "b"], query="?channel=a&since=now",
