@@ -2640,7 +2640,7 @@ class Outbox:
     def count_messages(self) -> int:
         """Count the messages that have not come back."""
         with self.changed:
-            return sum(entry.fields.count(b"message") for entry in self.entries)
+            return sum(entry.fields[12::2].count(b"message") for entry in self.entries)
 
     def age(self) -> float:
         """How long the oldest entry has waited, in seconds."""

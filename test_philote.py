@@ -4760,6 +4760,15 @@ def test_what_the_log_lost_is_appended_at_once():
         assert taken[0].result(PATIENCE) == [entries[0]]
 
 
+def test_messages_that_may_be_lost_are_counted_right_in_a_channel_of_any_name():
+    outbox = philote.Outbox()
+    for name in b"a", b"message":
+        outbox.put(philote.Outgoing([
+            *b"philote 1 server x number 1 channel".split(), name,
+            *b"issuer x user message message {} message {}".split()]))
+    assert outbox.count_messages() == 4
+
+
 def test_a_redis_that_evicts_is_told_of_at_the_start(store, caplog):
     store.do("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     with running(redis_url=store.url) as server:
