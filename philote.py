@@ -2773,9 +2773,9 @@ class RedisLog(Log):
         self.asked[ask] = answers
         self.outbox.put(self._make_entry(b"end", {"ask": ask, "whom": whom}))
         end = time.monotonic() + _UNAVAILABLE_TIME
-        while missing - answers.keys() and time.monotonic() < end:
+        while missing - answers.copy().keys() and time.monotonic() < end:
             time.sleep(0.01)
-        del self.asked[ask]
+        answers = self.asked.pop(ask).copy()  # the reading thread may still fill that
         return count + sum(answers.values()), not missing - answers.keys()
 
     def wait_for_room(self, connection: Connection, seconds: float = math.inf) -> bool:
