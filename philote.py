@@ -2732,7 +2732,7 @@ class RedisLog(Log):
         for thread in self.threads:
             thread.start()
         said = time.monotonic()
-        while not self.ready.wait(0.05):
+        while not self.ready.wait(0.05) or self.fatal:
             if self.fatal or is_over():
                 self.close()
                 raise self.fatal or _Stopped

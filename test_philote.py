@@ -4769,6 +4769,18 @@ def test_messages_that_may_be_lost_are_counted_right_in_a_channel_of_any_name():
     assert outbox.count_messages() == 4
 
 
+def test_a_redis_that_is_too_old_is_refused_though_it_serves_at_once(store, monkeypatch):
+    server = philote.RedisLog(philote.Settings(redis_url=store.url))
+    real, wait = server._execute, server.ready.wait
+
+    def execute(connection, *commands):
+        return b"redis_version:6.0.9" if commands == (("INFO",),) else real(connection, *commands)
+    monkeypatch.setattr(server, "_execute", execute)  # internal
+    monkeypatch.setattr(server.ready, "wait", lambda _: wait(PATIENCE))
+    with pytest.raises(philote.PhiloteError, match="is 6.0; 6.2 or later is needed"):
+        server.begin(lambda: False)
+
+
 def test_a_redis_that_evicts_is_told_of_at_the_start(store, caplog):
     store.do("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     with running(redis_url=store.url) as server:
