@@ -2591,7 +2591,7 @@ class Outbox:
         self.unsent: collections.deque[Outgoing] = collections.deque()  # the last of these
         self.size = 0  # bytes, of all
         self.last_number = 0
-        self.closed = False
+        self.closing = threading.Event()
 
     def put(self, entry: Outgoing) -> None:
         """Let an entry be appended."""
@@ -2600,7 +2600,7 @@ class Outbox:
     def take(self, seconds: float) -> list[Outgoing]:
         """Wait for entries to be sent, so long at most, and take some."""
         with self.changed:
-            self.changed.wait_for(lambda: self.unsent or self.closed, seconds)
+            self.changed.wait_for(lambda: self.unsent or self.closing.is_set(), seconds)
             taken, size, now = list[Outgoing](), 0, time.monotonic()
             while self.unsent and len(taken) < _MOST_ENTRIES and size < _MOST_BYTES:
                 entry = self.unsent.popleft()
@@ -2633,8 +2633,8 @@ class Outbox:
 
     def close(self) -> None:
         """Let nobody wait any more."""
+        self.closing.set()
         with self.changed:
-            self.closed = True
             self.changed.notify()
 
     def count_messages(self) -> int:
@@ -2699,7 +2699,7 @@ class RedisLog(Log):
         self.position = 0
         self.outbox = Outbox()
         self.ready = threading.Event()  # all that was in the log before is read
-        self.closing = threading.Event()
+        self.closing = self.outbox.closing
         self.fatal: PhiloteError | None = None  # why it cannot begin
         self.failure = ""  # why the log cannot be reached; guarded by outbox.changed, as is
         self.failed_at = 0.0  # when that began
@@ -2806,7 +2806,6 @@ class RedisLog(Log):
 
     def close(self) -> None:
         """End the threads."""
-        self.closing.set()
         self.outbox.close()
         end = time.monotonic() + 0.5  # they may be waiting for Redis, and end with the process
         for thread in self.threads:
