@@ -4734,9 +4734,9 @@ class Server(socketserver.ThreadingTCPServer):
     def _refuse_for_want_of_descriptors(self, error: OSError) -> None:
         if self.own_log_limit.may_log("descriptors"):
             log.error("no more descriptors, newcomers are refused: %s", error.strerror)
-        if self.reserve is not None:
-            os.close(self.reserve)
-            self.reserve = None
+        reserve, self.reserve = self.reserve, None
+        if reserve is not None:
+            os.close(reserve)
             with contextlib.suppress(OSError):
                 self._refuse_at_the_door(self.socket.accept()[0])
         try:
@@ -4833,8 +4833,9 @@ class Server(socketserver.ThreadingTCPServer):
         finally:
             self.log.close()
             self.poller.stop()
-            if self.reserve is not None:
-                os.close(self.reserve)
+            reserve, self.reserve = self.reserve, None
+            if reserve is not None:
+                os.close(reserve)
             self.stopped.set()
 
     def _stop_listening(self) -> None:

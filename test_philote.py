@@ -15,6 +15,7 @@ import collections
 import concurrent.futures
 import contextlib
 import datetime
+import errno
 import functools
 import gc
 import hashlib
@@ -3111,8 +3112,25 @@ def test_a_server_that_never_served_can_be_stopped():
     assert len(os.listdir("/proc/self/fd")) == before
 
 
-# ------------------------------------------------------------------------------------------- races
+def test_a_server_that_refuses_a_newcomer_while_it_stops_closes_no_descriptor_of_others(
+        server, monkeypatch):
+    def fail(_):
+        raise OSError(errno.EMFILE, "")
+    waits, go = hold(monkeypatch, server, "_refuse_for_want_of_descriptors")
+    monkeypatch.setattr(philote.socketserver.TCPServer, "get_request", fail)
+    with dial_plain(server), open(__file__) as file:
+        assert waits.wait(PATIENCE)
+        number = server.reserve
+        server.stop()  # it waits a second for the thread that accepts
+        os.dup2(file.fileno(), number)
+        go.set()
+        server.acceptor.join(PATIENCE)
+        assert os.path.samestat(os.fstat(number), os.stat(__file__))
+    os.close(number)
+    os.close(server.reserve)  # it has refused one more since
 
+
+# ------------------------------------------------------------------------------------------- races
 def hold(monkeypatch, owner, name, matches=lambda *arguments: True, at_end=False):
     """Let the first call of a method that matches wait; returns two events: it waits, it may go."""
     waits, go, real = threading.Event(), threading.Event(), getattr(owner, name)
