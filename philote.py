@@ -2597,6 +2597,7 @@ class Outbox:
         """Let an entry be appended."""
         with self.changed:
             self._put(entry)
+
     def take(self, seconds: float) -> list[Outgoing]:
         """Wait for entries to be sent, so long at most, and take some."""
         with self.changed:
@@ -4682,18 +4683,25 @@ class Server(socketserver.ThreadingTCPServer):
         """Accept a connection; out of descriptors, refuse it."""
         if self.stopping.is_set():  # the newcomer is the next server's, who gets the same socket
             raise _Stopped
+        sock = None
         try:
             sock, address = super().get_request()
+            if not os.get_blocking(sock.fileno()):  # on macOS, they have it from the listening one
+                sock.setblocking(True)
+            # Who comes over a Unix socket may have given his own end any name.
+            name = (_UNIX_PEER if self.address_family == socket.AF_UNIX else
+                    address[0].removeprefix("::ffff:"))
+            return Connection(self, sock, name), address
+        except MemoryError:  # socketserver goes on after an OSError alone
+            if sock:
+                sock.close()
+            else:
+                self.stopping.wait(0.1)  # the newcomer may still be there; see below
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)) from None
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 self._refuse_for_want_of_descriptors(error)
             raise
-        if not os.get_blocking(sock.fileno()):  # on macOS, newcomers have it from the listening one
-            sock.setblocking(True)
-        # Who comes over a Unix socket may have given his own end any name.
-        name = (_UNIX_PEER if self.address_family == socket.AF_UNIX else
-                address[0].removeprefix("::ffff:"))
-        return Connection(self, sock, name), address
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Accept all who wait beside the first, then start their threads.
@@ -4713,14 +4721,14 @@ class Server(socketserver.ThreadingTCPServer):
 
     def _start_thread(self, connection: Connection) -> None:
         # Where the system has no thread left, the connection is refused.
-        self.admission.admit(connection)
         try:
+            self.admission.admit(connection)
             # threading.Thread.start() waits until the thread runs. One that finds no memory for
             # its first step never does, and nobody would be accepted any more.
             _thread.start_new_thread(self.run_connection, (connection,))
         except (RuntimeError, MemoryError) as error:
             if self.own_log_limit.may_log("threads"):
-                log.error("no more threads, newcomers are refused: %s", error)
+                log.error("no more threads, newcomers are refused: %s", str(error) or "no memory")
             self.admission.remove(connection)
             self._refuse_at_the_door(connection.transport.sock)
 

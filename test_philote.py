@@ -3009,16 +3009,18 @@ def test_newcomers_that_do_not_block_are_let_block(server, undisturbed, monkeypa
         assert sock.recv(12) == b"HTTP/1.1 200"
 
 
+@pytest.mark.parametrize("name", ["accept", "Connection", "admit"])
+@pytest.mark.parametrize("victim", [0, 1])
 def test_newcomers_are_served_though_there_is_no_memory_for_one_of_them(
-        server, undisturbed, monkeypatch):
-    real, left = philote.Connection, [2]
+        server, undisturbed, monkeypatch, name, victim):
+    owner = {"accept": socket.socket, "Connection": philote, "admit": server.admission}[name]
+    real, count = getattr(owner, name), itertools.count()
 
-    def make(*arguments):
-        left[0] -= 1
-        if not left[0]:
+    def call(*arguments):
+        if next(count) == victim:
             raise MemoryError
         return real(*arguments)
-    monkeypatch.setattr(philote, "Connection", make)
+    monkeypatch.setattr(owner, name, call)
     monkeypatch.setattr(server, "handle_error", lambda *_: None)
     waits, go = hold(monkeypatch, server, "get_request")
     with dial_plain(server) as first:
@@ -3028,7 +3030,7 @@ def test_newcomers_are_served_though_there_is_no_memory_for_one_of_them(
             for sock in first, second:
                 with contextlib.suppress(ConnectionError):
                     sock.sendall(http_request("GET", "/philote.js"))
-            assert first.recv(12) == b"HTTP/1.1 200"
+            assert (first, second)[1 - victim].recv(12) == b"HTTP/1.1 200"
 
 
 def test_without_descriptors_newcomers_are_refused_and_nothing_spins():
