@@ -4554,7 +4554,7 @@ def test_who_is_refused_for_want_of_room_is_told_why(store, hasty, monkeypatch):
         monkeypatch.setattr(philote, "_OUTBOX_SIZE", 0)  # internal
         answer = ask(server, publish_request())
         assert error_of(answer) == (503, "unavailable")
-        assert json.loads(answer[2])["reason"] == "nothing was published: too much waits for Redis"
+        assert re.fullmatch("nothing was published: .+", json.loads(answer[2])["reason"])
         waits, go = hold(monkeypatch, server.log, "wait_for_room")
         with background(partial(ask, server, publish_request())) as asked:
             assert waits.wait(PATIENCE)
