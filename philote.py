@@ -2497,12 +2497,34 @@ class Batch:
 # a publisher's thread does in memory. Nothing is delivered before it has been read back, so there
 # is one order for all servers, and to have come back is to be acknowledged.
 #
-# Each server numbers its entries 1, 2, 3, and keeps them until they have come back. After a break
-# it appends again what has not: whoever reads drops a number that it has had, and notices one that
-# it never got. Where messages may be missing, every subscriber is told of a gap.
+#     publisher's thread       append thread               read thread, of every server
+#     Outbox.put ---> unsent -- take --> MULTI XADD EXEC --> [stream] -- XREAD --> _receive
+#          '-------> entries <-- take_back ------ its own -------------------------+
+#                                                                   Log.append <---'
+#                                              queues of the subscribers here, `tells`
 #
-# An entry has fields in this order, and the messages' ids are made of its own: MILLISECONDS-N is
-# the first one's where N is the entry's counter, shifted by _INDEX_BITS, and others count on.
+# Each server numbers its entries 1, 2, 3, and keeps them until they have come back. That Redis says
+# it has one proves nothing, and that it does not say so neither; only what is read back counts. So
+# after any failure the rule is the same: connect again, append all again that has not come back.
+# Whoever reads drops a number that it has had, and notices one that it never got. Where messages
+# may be missing, every subscriber is told of a gap.
+#
+#     what happens                          who notices it                and does what
+#     the answer to XADD is lost            append thread, by an error    appends all again
+#     Redis lost what it had (a failover)   read thread: a number is      tells of a gap; ours get
+#                                           missing                       new numbers
+#     the log is another one, or its clock  append thread: its id is not  _lift()
+#     was set back                          above what was read
+#     it was emptied, or cut past us        read thread, when it comes    tells of a gap
+#                                           back: its first is above ours
+#     we append to one server and read      append thread: nothing has    both connect again
+#     another                               come back for 10 s
+#
+# An entry holds up to 65,536 messages of one channel, and Redis gives it an id, MILLISECONDS-N. Its
+# messages are MILLISECONDS-(N << 16), and so on by 1. All servers make the same ids of the same
+# entry, so a client may come back to any of them.
+#
+# The fields of an entry, in this order:
 #
 #     philote 1 server ID number N channel NAME issuer ID user JSON message JSON message JSON ...
 #     philote 1 server ID number N heartbeat JSON
@@ -2619,7 +2641,11 @@ class Outbox:
             self.changed.notify()
 
     def take_back(self, number: int) -> Outgoing | None:
-        """Remove an entry that came back; those before it are not in the log, and appended anew."""
+        """Remove an entry that came back; those before it are not in the log, and appended anew.
+
+        They are sent in the order of their numbers, so a lower one would have come before it. Who
+        reads would drop that number now, so they get new ones.
+        """
         with self.changed:
             lost = []
             while self.entries and self.entries[0].number <= number:
@@ -2699,15 +2725,18 @@ class RedisLog(Log):
         self.began = round(time.time())
         self.position = 0
         self.outbox = Outbox()
-        self.ready = threading.Event()  # all that was in the log before is read
+        # An entry of ours was read back, so all that was in the log before it is read.
+        self.ready = threading.Event()
         self.closing = self.outbox.closing
         self.fatal: PhiloteError | None = None  # why it cannot begin
         self.failure = ""  # why the log cannot be reached; guarded by outbox.changed, as is
         self.failed_at = 0.0  # when that began
         self.breaks = 0  # how often both connections had to be opened again; the writer's
         self.written = 0  # entries; the writer's
-        self.beating = False  # whether a heartbeat is on its way; set by the writer, undone by
-        # the reader, whose is all that follows.
+        # Whether a heartbeat is on its way: set by the append thread, undone by the read thread, so
+        # that none pile up during a break.
+        self.beating = False
+        # The read thread's; others only look.
         self.cursor: EntryID = 0, 0  # of the last entry that was read
         # By server: its next number, and when it was heard of; what it said of itself, and when.
         self.expected: dict[bytes, tuple[int, float]] = {self.id: (1, math.inf)}
@@ -2841,7 +2870,11 @@ class RedisLog(Log):
             "redis_gaps": self.losses}
 
     def tell_gap(self, position: int) -> None:
-        """Tell all subscribers that messages before an id may be missing."""
+        """Tell all subscribers that messages before an id may be missing. The read thread.
+
+        Who gets ids is told, and may ask again. Who gets none could not know what is missing, and
+        is disconnected. What was kept is forgotten: to go through it would pass over the gap.
+        """
         if self.ready.is_set():
             log.error("Redis: messages may be missing, all subscribers are told")
         told, ended = list[Connection](), list[Subscriber]()
@@ -2908,7 +2941,8 @@ class RedisLog(Log):
             log.error("%s; it is tried again until it works", self.failure)
 
     def _recover(self, entry: Outgoing) -> None:
-        # What was sent behind the failure has come back: the whole way works.
+        # The read thread: what was sent behind the failure has come back, so the whole way works.
+        # Where nobody publishes, it is a heartbeat.
         with self.outbox.changed:
             if not self.failure or entry.sent <= self.failed_at:
                 return
@@ -2948,8 +2982,10 @@ class RedisLog(Log):
             self._lift(connection, before)
 
     def _lift(self, connection: Any, before: EntryID) -> None:
-        # This log is behind what was read: it is another one, or its clock was set back. Its ids
-        # have to be higher, and whoever reads this knows that something may be missing.
+        # This log is behind what was read: it is another one, or its clock was set back. Whoever
+        # reads asks for what is above the last id that it has, and would never see what we append.
+        # Behind an entry with a higher id Redis counts on from there; who reads it knows that
+        # something may be missing.
         with contextlib.suppress(self.redis.ResponseError):  # another server was faster
             self._execute(connection, (
                 "XADD", self.key, f"{before[0]}-{before[1] + 1}",
@@ -2957,6 +2993,8 @@ class RedisLog(Log):
         self.outbox.restore()
 
     def _look_whether_entries_return(self, now: float) -> None:
+        # We may be appending to one server and reading from another, behind a failover. It is sure
+        # only if the read thread has been at the end of its log since.
         with self.outbox.changed:
             oldest = self.outbox.entries[0].sent if self.outbox.entries else 0
         if oldest and now > oldest + 2 * _UNAVAILABLE_TIME and self.at_end > oldest + 1:
@@ -2980,7 +3018,8 @@ class RedisLog(Log):
                          json.dumps(value).encode()])
 
     def _find_floor(self) -> str:
-        # The stream is cut by who keeps most of it.
+        # The stream is cut in front of the lowest floor of all servers that live. That of each is
+        # at most its own cursor: nothing is cut that one of them has not read.
         floors = [_parse_entry_id(about["floor"].encode()) for about in self._living()]
         return "{}-{}".format(*min(floors, default=(0, 0)))
 
@@ -3053,8 +3092,10 @@ class RedisLog(Log):
         return size
 
     def _let_read(self, connections: Iterable[Connection]) -> None:
-        # What piled up during a break comes all at once. Who reads it is not taken for slow, but
-        # waited for: ten seconds, and two more in each minute.
+        # What piled up during a break comes all at once, and would overflow the queues of peers
+        # that read well. So each is waited for while it takes any bytes: half a second without is a
+        # stall, for on_overflow() to judge. Meanwhile all others wait for it, too; so this may take
+        # ten seconds at once, and two more in each minute.
         begin = time.monotonic()
         self.patience = min(10, self.patience + (begin - self.rested) / 30)
         for connection in connections:
@@ -3099,7 +3140,9 @@ class RedisLog(Log):
             self.ready.set()
 
     def _is_next(self, server: bytes, number: int, first: int) -> bool:
-        # A server that is met later than at the start begins with 1.
+        # Whether an entry is the next of its server; one that is missing is noticed by what the
+        # same server appends next, a heartbeat at the latest. At the start we may come in the
+        # middle of any server's numbers; one that is met later has just started, with 1.
         new = 1 if self.ready.is_set() else number
         expected, _ = self.expected.get(server, (new, 0))
         if number < expected:
@@ -3258,7 +3301,10 @@ class Subscriber:
         return b""
 
     def end(self, code: int, reason: str, discard: bool = False, patience: float = 0.0) -> bool:
-        """Leave the channels and begin to close the connection; False where it is closing."""
+        """Leave the channels and begin to close the connection; False where it is closing.
+
+        In this order: nothing is queued behind the last words, and the place is free for another.
+        """
         self.leave()
         return self.connection.finish(
             self.encode_end(code, reason), discard=discard, patience=patience)
@@ -3963,6 +4009,7 @@ class HTTPHandler:
         subscriber = subscription.kind(
             self.connection, subscription.key, subscription.channels, subscription.past,
             self.buffer)
+        # Counted first: from the move on, anybody may end it, and then it must be found there.
         self.server.admission.subscribe(self.connection)
         headers = {**response.headers, **self.cors}
         self._move(SUBSCRIBED, Response(response.status, b"", headers).encode(whole=False),
@@ -4279,7 +4326,12 @@ ENDPOINTS: dict[str, dict[str, Endpoint]] = {
 # which accepts and ends them.
 
 class Admission:
-    """The connections that there are, within the limits of the settings."""
+    """The connections that there are, within the limits of the settings.
+
+    Each is here once: among the subscribed, or among the pending ones of its address, which are
+    new, or HTTP clients, or closing. Where those are too many, the address that has most loses its
+    oldest; to have shown a good token makes a connection the youngest again.
+    """
 
     def __init__(self, settings: Settings, stopping: threading.Event) -> None:
         self.settings = settings
@@ -4363,7 +4415,8 @@ class Admission:
 
     def _add_pending(self, connection: Connection) -> Connection | None:
         # Returns the one that has to go for it: of the address that has most, so that one client
-        # cannot keep out all others. It leaves when its thread ends; the next to go is another.
+        # cannot keep out all others. It is counted until its thread ends, and is the last to go
+        # meanwhile. The caller ends it without the lock, for that writes to its socket.
         self.pending.setdefault(connection.address, {})[connection] = None
         self.pending_count += 1
         if self.pending_count <= self.settings.max_pending:
@@ -4706,8 +4759,8 @@ class Server(socketserver.ThreadingTCPServer):
     def process_request(self, request: Any, client_address: Any) -> None:
         """Accept all who wait beside the first, then start their threads.
 
-        After each step that lets go of the interpreter's lock, this thread queues up for it behind
-        all others that have work. So it takes those steps before it gives them more.
+        To accept one lets go of the interpreter's lock, and this thread queues up for it again
+        behind all others that have work. So it accepts first, and gives them work then.
         """
         newcomers: list[Connection] = [request]
         # The next get_request() meets it again.
@@ -4785,8 +4838,8 @@ class Server(socketserver.ThreadingTCPServer):
     def _end_connection(self, connection: Connection) -> None:
         # Whatever raises here, even for want of memory: what comes behind it is done.
         try:
-            if isinstance(connection.handler, Subscriber):
-                connection.handler.leave()
+            if isinstance(connection.handler, Subscriber):  # once more: who ended it may have been
+                connection.handler.leave()  # faster than its own thread, which joined behind that
             connection.finish()
             connection.drain()
         finally:
@@ -4855,7 +4908,13 @@ class Server(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def _end_connections(self, deadline: float, time_to_cut: float) -> None:
-        # Each step takes as long as there is anything to wait for, and time.
+        # Each step takes as long as there is anything to wait for, and time:
+        #
+        # 1. Threads finish what they had read: requests are answered, messages are published.
+        # 2. These messages come back from the log; only then are they in the queues.
+        # 3. Subscribers get their close behind what is queued.
+        # 4. So do the others, who could still ask for /health until here.
+        # 5. Who has not ended is cut off, and their threads have the time that is left.
         patience = deadline - time_to_cut
         working = ANSWERING, SUBSCRIBED
         self._wait_until_none(lambda c: c.busy and c.state in working, patience)
@@ -5009,9 +5068,10 @@ class Client:
     and `last` (a number of messages of each channel) ask for messages of the past.
 
     A connection that is lost comes back by itself, and goes on where it was: nothing is missed,
-    unless Gap is raised, once, and goes on behind it. What was published, and not acknowledged, is
-    published again, unless the token lets us see that it was; then it may come twice. With
-    `reconnect=False` the end of the connection is the end of the client.
+    unless Gap is raised, once, and goes on behind it. What was published and not acknowledged is
+    published again, unless the channel's history shows that it has arrived; to see that, the token
+    has to read the channel. Else others may get it twice. With `reconnect=False` the end of the
+    connection is the end of the client.
 
     Raises OSError where the server cannot be reached or does not answer in time, Unauthorized where
     it does not let us in, PhiloteError where there is another kind of server, or the URL or token
@@ -5059,7 +5119,11 @@ class Client:
 
     @property
     def position(self) -> str:
-        """The id up to which all has come, of all channels; "" where none was asked for."""
+        """The id up to which all has come, of all channels; "" where none was asked for.
+
+        Some of that may wait for receive(). To go on later, keep the id of the last message that
+        you were given.
+        """
         with self._changed:
             return self._position
 
@@ -5164,7 +5228,8 @@ class Client:
         self._thread.join(_ANSWER_TIME)
 
     def _wait_while(self, condition: Callable[[], bool]) -> None:
-        # For as long as the server makes progress.
+        # For as long as the server makes progress: a new connection, bytes that its system has
+        # acknowledged, an answer.
         progress, end = None, 0.0
         while condition():
             before, progress = progress, (self._link, self._link.taken(), len(self._requests))
@@ -5391,6 +5456,8 @@ class Client:
         return self._link.channels if self._channels is None else self._channels
 
     def _take_message(self, value: dict[str, Any], size: int) -> None:
+        # Our own messages come only in a replay. Those of one channel are in the log in the order
+        # in which they were sent: one above the highest known id is the oldest unanswered one.
         message = Message(*(value.get(name, "") for name in Message._fields))
         if message.id:
             if _as_numbers(message.id) > _as_numbers(self._position):
