@@ -5360,7 +5360,8 @@ class Client:
                              if "channel" in request.value
                              and not names.cover(request.value["channel"])})
             leave = [*unseen, *(names if self._channels is not None and not self._channels else ())]
-            self._caught_up = not (self._requests or leave)
+            # In the same hold: whoever sees _caught_up sees the link that it is about.
+            self._caught_up, self._link = not (self._requests or leave), link
             self._unchecked = "" if self._caught_up else self._unchecked or since
             since = self._unchecked
         if unseen and since:
@@ -5410,7 +5411,6 @@ class Client:
                 error, pause = again, min(2 * pause, _LAST_PAUSE)
                 continue
             with self._changed:
-                self._link = link
                 if self._closing:
                     link.abort()
             self.on_connect()

@@ -5835,6 +5835,16 @@ def test_what_a_client_published_is_known_of_each_channel(server, quick, monkeyp
         assert reader.receive(0.1) is None
 
 
+def test_a_message_published_while_the_connection_comes_back_is_sent(server, proxy, monkeypatch):
+    with philote.Client(proxy.url, make_token(["a"], ["a"])) as client:
+        waits, go = hold(monkeypatch, philote.Client, "_begin", at_end=True)  # internal
+        proxy.cut()
+        assert waits.wait(PATIENCE)
+        client.publish("a", "x")
+        go.set()
+        wait_until(lambda: totals(server)["published"] == 1)
+
+
 def test_a_gap_is_raised_once_and_what_follows_comes(quick):
     with running(history_size=1000) as server, Proxy(server) as proxy, \
             philote.Client(proxy.url, GOOD) as client:
