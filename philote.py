@@ -5466,9 +5466,11 @@ class Client:
                 if _as_numbers(message.id) > self._acknowledged.get(
                         message.channel, self._all_acknowledged):
                     self._acknowledge(message.channel, message.id)
+                    # What was sent on this connection gets an answer of its own.
                     self._answer(next((
                         ref for ref, request in self._requests.items()
-                        if request.value.get("channel") == message.channel), ""),
+                        if request.value.get("channel") == message.channel
+                        and request.link not in (None, self._link)), ""),
                         {"published": {"id": message.id}})
                 return
             for request in self._subscribing:

@@ -5845,6 +5845,39 @@ def test_a_message_published_while_the_connection_comes_back_is_sent(server, pro
         wait_until(lambda: totals(server)["published"] == 1)
 
 
+def caught_up(end):
+    """Let a client that came back know that the server has told it all; what it sends next."""
+    assert json.loads(end.read_frame()[1])["ref"] == "caught up"
+    end.send(plain(1, json.dumps({"unsubscribed": {"channels": []}, "ref": "caught up"})))
+    return json.loads(end.read_frame()[1])
+
+
+def published(value, id):
+    """The answer to a message."""
+    return plain(1, json.dumps({"published": {"ref": value["ref"], "id": id}}))
+
+
+def test_a_late_copy_of_a_message_acknowledges_no_later_one(quick):
+    def lose(end):
+        end.send(end.upgrade)
+        end.read_frame()
+
+    def bring_late(end):
+        end.send(end.upgrade)
+        end.send(published(caught_up(end), "4-0"))
+        end.read_frame()  # the second, which is lost
+        end.send(plain(1, json.dumps({**json.loads(stamped("first")), "issuer": "us", "id": "5-0"})))
+
+    def take(end):
+        end.send(end.upgrade)
+        end.send(published(caught_up(end), "6-0"))
+        end.answer_close()
+
+    with answering(lose, bring_late, take) as url, philote.Client(url) as client:
+        assert [client.publish("a", data, wait=True) for data in ("first", "second")] == [
+            "4-0", "6-0"]
+
+
 def test_a_gap_is_raised_once_and_what_follows_comes(quick):
     with running(history_size=1000) as server, Proxy(server) as proxy, \
             philote.Client(proxy.url, GOOD) as client:
