@@ -5364,8 +5364,8 @@ class Client:
             self._caught_up, self._link = not (self._requests or leave), link
             self._unchecked = "" if self._caught_up else self._unchecked or since
             since = self._unchecked
-        if unseen and since:
-            link.send_text(json.dumps({"subscribe": unseen, "since": since, "ref": _CHECK}))
+        for name in unseen if since else ():  # one by one: some of them may be refused
+            link.send_text(json.dumps({"subscribe": [name], "since": since, "ref": _CHECK}))
         if not self._caught_up:
             link.send_text(json.dumps({"unsubscribe": leave, "ref": _CAUGHT_UP}))
 

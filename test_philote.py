@@ -5878,6 +5878,20 @@ def test_a_late_copy_of_a_message_acknowledges_no_later_one(quick):
             "4-0", "6-0"]
 
 
+def test_a_channel_that_may_not_be_read_hides_nothing_of_the_others(server, quick):
+    token = make_token(["x", "y"], ["secret", "x"])
+    with philote.Client(url_of(server), token, ["x"]) as reader:
+        with philote.Client(url_of(server), token, ["y"]) as client:
+            first, take = client._link, client._take
+            # The answers of the first connection are lost.
+            client._take = lambda link, *arguments: link is first or take(link, *arguments)
+            client.publish("secret", 0)
+            client.publish("x", 1)
+            wait_until(lambda: totals(server)["published"] == 2)
+            first.abort()
+        assert receive_until(reader, 1) == ([1], 0) and reader.receive(0.1) is None
+
+
 def test_a_gap_is_raised_once_and_what_follows_comes(quick):
     with running(history_size=1000) as server, Proxy(server) as proxy, \
             philote.Client(proxy.url, GOOD) as client:
