@@ -5354,7 +5354,10 @@ class Client:
                 self._put(Gap(), 0)
             if not since or not begin["resumed"]:
                 self._position = begin["id"]
-            if later:
+            if past == {"since": "now"}:  # which is when the connection began
+                past = {"since": begin["id"]}
+            if later and not any(not request.awaited and request.value["subscribe"] == later
+                                 for request in self._subscribing):
                 self._add_request(_Request({"subscribe": later, **past}, False))
             unseen = sorted({request.value["channel"] for request in self._requests.values()
                              if "channel" in request.value

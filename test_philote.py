@@ -5892,6 +5892,40 @@ def test_a_channel_that_may_not_be_read_hides_nothing_of_the_others(server, quic
         assert receive_until(reader, 1) == ([1], 0) and reader.receive(0.1) is None
 
 
+def test_what_is_published_before_a_channel_is_joined_later_comes_too(server, monkeypatch):
+    monkeypatch.setattr(philote, "_LONGEST_QUERY", 20)  # internal
+    waits, go = hold(monkeypatch, philote.Client, "_send_again")
+    with philote.Client(url_of(server), make_token(["a", "b"]), ["a", "b"]) as client:
+        assert waits.wait(PATIENCE)
+        publish_to(server, "ab")
+        go.set()
+        assert receive_until(client, 2) == ([0, 1], 0)
+
+
+def test_a_channel_is_joined_later_once_however_many_connections_were_lost_before(
+        quick, monkeypatch):
+    asked = []
+
+    def lose(end):
+        end.send(end.upgrade)
+        end.read_frame()
+
+    def take(end):
+        end.send(end.upgrade)
+        value = caught_up(end)
+        while "subscribe" in value:
+            asked.append(value)
+            value = json.loads(end.read_frame()[1])
+        end.send(published(value, "2-0"))
+        end.answer_close()
+
+    monkeypatch.setattr(philote, "_LONGEST_QUERY", 0)  # internal
+    with answering(lose, lose, take) as url, philote.Client(url, channels=["a"]) as client:
+        wait_until(lambda: asked)
+        client.publish("b", "x", wait=True)
+    assert [(value["subscribe"], value["since"]) for value in asked] == [(["a"], "1-0")]
+
+
 def test_a_gap_is_raised_once_and_what_follows_comes(quick):
     with running(history_size=1000) as server, Proxy(server) as proxy, \
             philote.Client(proxy.url, GOOD) as client:
