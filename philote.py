@@ -5367,10 +5367,17 @@ class Client:
             self._caught_up, self._link = not (self._requests or leave), link
             self._unchecked = "" if self._caught_up else self._unchecked or since
             since = self._unchecked
-        for name in unseen if since else ():  # one by one: some of them may be refused
-            link.send_text(json.dumps({"subscribe": [name], "since": since, "ref": _CHECK}))
         if not self._caught_up:
-            link.send_text(json.dumps({"unsubscribe": leave, "ref": _CAUGHT_UP}))
+            # One by one: some of them may be refused. Not by this thread, which has to read.
+            values = [*({"subscribe": [name], "since": since, "ref": _CHECK}
+                        for name in unseen if since),
+                      {"unsubscribe": leave, "ref": _CAUGHT_UP}]
+            threading.Thread(target=self._send_all, args=(link, values), daemon=True).start()
+
+    def _send_all(self, link: _Link, values: Iterable[dict[str, Any]]) -> None:
+        with contextlib.suppress(OSError, ProtocolError):
+            for value in values:
+                link.send_text(json.dumps(value))
 
     def _run(self) -> None:
         link: _Link | None = self._link
