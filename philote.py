@@ -6285,29 +6285,38 @@ def _subscribe(arguments: argparse.Namespace) -> int:
 
 def _history(arguments: argparse.Namespace) -> int:
     connection = _open_http(arguments)
-    asked = [*(("channel", name) for name in arguments.channels),
-             *(("since", value) for value in [arguments.since] if value),
-             *(("last", str(value)) for value in [arguments.last] if value is not None)]
-    while True:
+    channels = [("channel", name) for name in arguments.channels]
+
+    def ask(*past: tuple[str, str]) -> tuple[list[Message], str, tuple[int, int], bool]:
         try:
-            connection.request("GET", "/api/history?" + urllib.parse.urlencode(asked), headers={
-                "Authorization": "Bearer " + _token_for(arguments, arguments.channels)})
+            connection.request("GET", "/api/history?" + urllib.parse.urlencode([*channels, *past]),
+                               headers={"Authorization": "Bearer " + _token_for(
+                                   arguments, arguments.channels)})
             response = connection.getresponse()
             value = json.loads(response.read())
             if response.status != 200:
                 raise _explain(Unauthorized(response.status, str(value["reason"])), arguments)
-            messages, position, complete = value["messages"], value["id"], value["complete"]
-        except OSError:
+            return ([Message(*(message.get(name, "") for name in Message._fields))
+                     for message in value["messages"]],
+                    value["id"], _as_numbers(value["id"]), value["complete"])
+        except OSError:  # of which some are a ValueError, too
             raise
-        except (http.client.HTTPException, ValueError, LookupError, TypeError):
+        except (http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError,
+                RecursionError):
             raise PhiloteError("this is no Philote server that keeps messages") from None
+
+    _, _, end, _ = ask(("since", "now"))  # there may always be more behind it
+    past = [*(("since", value) for value in [arguments.since] if value),
+            *(("last", str(value)) for value in [arguments.last] if value is not None)]
+    while True:
+        messages, id, position, complete = ask(*past)
         if not complete:
             _tell(str(Gap()))
         for message in messages:
-            _show(Message(*(message.get(name, "") for name in Message._fields)), arguments.json)
-        if not messages or arguments.last is not None:
+            _show(message, arguments.json)
+        if not messages or arguments.last is not None or position >= end:
             return 0
-        asked = [*asked[:len(arguments.channels)], ("since", position)]
+        past = [("since", id)]
 
 
 def _publish(arguments: argparse.Namespace) -> int:

@@ -6879,15 +6879,36 @@ def test_history_prints_what_is_kept():
         fails("history", "secret", "--token", GOOD, says='"secret"', **at(server))
         fails("history", "a", "--since", "x", says="(HTTP 400)", **at(server))
     fails("history", "a", "--url", free_url(), says="refused")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        def answer():
-            with listener.accept()[0] as sock:
-                sock.recv(10_000)
-                sock.sendall(b"SSH-2.0-something\r\n")
 
-        with background(answer):
-            url = f"ws://127.0.0.1:{listener.getsockname()[1]}"
-            fails("history", "a", "--url", url, says="this is no Philote server")
+
+@pytest.mark.parametrize("answer", [
+    b"SSH-2.0-something\r\n", *[b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(body) + body
+                                for body in (b"5", b"[" * 100_000, b'{"messages":[5],"id":"1-0",'
+                                             b'"complete":true}')]], ids=short)
+def test_history_names_a_server_that_keeps_no_messages(answer):
+    def script():
+        with listener.accept()[0] as sock:
+            sock.recv(10_000)
+            sock.sendall(answer)
+
+    with socket.create_server(("127.0.0.1", 0)) as listener, background(script):
+        url = f"ws://127.0.0.1:{listener.getsockname()[1]}"
+        fails("history", "a", "--url", url, says="this is no Philote server")
+
+
+def test_history_ends_although_each_page_is_followed_by_another(server, monkeypatch):
+    shown = []
+
+    def show(message, _):
+        shown.append(message.data)
+        assert len(shown) < 5
+        publish_to(server, "a", message.data + 1)
+
+    monkeypatch.setattr(philote, "_show", show)  # internal
+    publish_to(server, "a")
+    with pytest.raises(SystemExit, match="0"):
+        philote.main(["history", "a", "--url", url_of(server), "--token", GOOD])
+    assert shown == [0]
 
 
 def test_publish_brings_each_line_once_whatever_becomes_of_its_connection(server, proxy):
