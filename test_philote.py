@@ -5866,7 +5866,8 @@ def test_a_late_copy_of_a_message_acknowledges_no_later_one(quick):
         end.send(end.upgrade)
         end.send(published(caught_up(end), "4-0"))
         end.read_frame()  # the second, which is lost
-        end.send(plain(1, json.dumps({**json.loads(stamped("first")), "issuer": "us", "id": "5-0"})))
+        end.send(plain(1, json.dumps(
+            {"issuer": "us", "channel": "a", "data": "first", "id": "5-0"})))
 
     def take(end):
         end.send(end.upgrade)
