@@ -5912,6 +5912,12 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     sys.exit(status)
 
 
+def _input() -> Any:
+    if sys.stdin is None:
+        raise PhiloteError("there is no standard input")
+    return sys.stdin
+
+
 def _print(text: str) -> None:
     # Ends the program where nobody takes its output: quietly if he has seen enough, like head.
     try:
@@ -6194,7 +6200,7 @@ def _token(arguments: argparse.Namespace) -> int:
             _tell("this token allows nothing; name channels with --read or --write")
         _print(token)
         return 0
-    token = sys.stdin.readline().strip() if arguments.check == "-" else arguments.check
+    token = _input().readline().strip() if arguments.check == "-" else arguments.check
     try:
         key = Keyring(_token_settings()).decode(token)
     except TokenError as error:
@@ -6320,7 +6326,8 @@ def _history(arguments: argparse.Namespace) -> int:
 
 
 def _publish(arguments: argparse.Namespace) -> int:
-    sys.stdin.reconfigure(encoding="utf-8", errors="replace")  # type: ignore[union-attr]
+    if arguments.data is None:
+        _input().reconfigure(encoding="utf-8", errors="replace")
     with _Connection(arguments, [arguments.channel], [arguments.channel]) as client:
         if arguments.data is not None:
             client.publish(arguments.channel, arguments.data)

@@ -6974,6 +6974,15 @@ def test_publish_sends_its_argument_or_each_line(server, words, input, expected,
         assert reader.is_quiet()
 
 
+def test_only_what_reads_standard_input_needs_it(server):
+    closed = {"launcher": ("sh", "-c", 'exec "$@" <&-', "sh", *SCRIPT), **at(server)}
+    with RawClient(server, ["a"]) as reader:
+        assert run("publish", "a", "x", **closed) == (0, "", "")
+        assert reader.receive()["data"] == "x"
+    for words in ("publish", "a"), ("token", "--check", "-"):
+        fails(*words, says="there is no standard input", **closed)
+
+
 @pytest.mark.parametrize("finish", [
     lambda command: command.stdin.close(), lambda command: command.send_signal(signal.SIGINT)])
 def test_publish_sends_a_line_before_the_next_comes_and_ends_with_0(server, finish):
