@@ -5420,10 +5420,10 @@ class Client:
                     isinstance(again, Unauthorized) and again.status >= 500)
                 error, pause = again, min(2 * pause, _LAST_PAUSE)
                 continue
-            with self._changed:
-                if self._closing:
-                    link.abort()
-            self.on_connect()
+            if self._closing:
+                link.abort()
+            else:
+                self.on_connect()
             return link
         with self._changed:
             self._outcome_known |= self._closing and code == CloseReason.NORMAL_CLOSURE

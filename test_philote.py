@@ -5947,6 +5947,20 @@ def test_what_a_client_asks_for_when_it_comes_back_does_not_keep_it_from_reading
         client.__exit__(Exception)  # without waiting for answers
 
 
+def test_who_closes_while_the_connection_comes_back_is_not_told_that_it_is_there(
+        proxy, monkeypatch):
+    told = []
+    client = philote.Client(proxy.url, GOOD)
+    client.on_connect = lambda: told.append(client)
+    waits, go = hold(monkeypatch, philote.Client, "_begin", at_end=True)  # internal
+    proxy.cut()
+    assert waits.wait(PATIENCE)
+    with background(client.close):
+        wait_until(lambda: client._closing)
+        go.set()
+    assert not told
+
+
 def test_a_gap_is_raised_once_and_what_follows_comes(quick):
     with running(history_size=1000) as server, Proxy(server) as proxy, \
             philote.Client(proxy.url, GOOD) as client:
