@@ -6392,7 +6392,8 @@ export const claimsOf = token => {
   try {
     const part = token.split(".")[1].replaceAll("-", "+").replaceAll("_", "/");
     const bytes = Uint8Array.from(atob(part), character => character.charCodeAt(0));
-    return JSON.parse(new TextDecoder().decode(bytes)) ?? {};
+    const claims = JSON.parse(new TextDecoder().decode(bytes));
+    return typeof claims === "object" && claims || {};
   } catch {
     return {};
   }

@@ -7538,6 +7538,15 @@ def test_a_person_uses_the_console_from_top_to_bottom(server, browser):
         assert not page.faults
 
 
+def test_the_console_takes_claims_that_are_no_object_for_none(server, browser):
+    with browser.new_context() as context:
+        page = new_tab(context, server, "")
+        for claims in "5", '"text"', "null", "[]":
+            page.get_by_label("Token").fill(f"x.{base64.b64encode(claims.encode()).decode()}.x")
+            assert page.locator("#claims dd").all_text_contents() == ["nothing", "nothing", "never"]
+        assert not page.faults
+
+
 @with_settings(secret="")
 def test_without_a_secret_the_console_lets_its_user_in_on_a_narrow_screen(server, browser):
     with browser.new_context(viewport={"width": 380, "height": 700}) as context:
