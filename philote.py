@@ -5357,6 +5357,7 @@ class Client:
             if past == {"since": "now"}:  # which is when the connection began
                 past = {"since": begin["id"]}
             if later and not any(not request.awaited and request.value["subscribe"] == later
+                                 and "-" in request.value.get("since", "")  # from an id on
                                  for request in self._subscribing):
                 self._add_request(_Request({"subscribe": later, **past}, False))
             unseen = sorted({request.value["channel"] for request in self._requests.values()

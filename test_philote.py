@@ -5903,8 +5903,9 @@ def test_what_is_published_before_a_channel_is_joined_later_comes_too(server, mo
         assert receive_until(client, 2) == ([0, 1], 0)
 
 
+@pytest.mark.parametrize("since, expected", [("now", ["1-0"]), ("10m", ["10m", "1-0"])])
 def test_a_channel_is_joined_later_once_however_many_connections_were_lost_before(
-        quick, monkeypatch):
+        quick, monkeypatch, since, expected):
     asked = []
 
     def lose(end):
@@ -5921,10 +5922,12 @@ def test_a_channel_is_joined_later_once_however_many_connections_were_lost_befor
         end.answer_close()
 
     monkeypatch.setattr(philote, "_LONGEST_QUERY", 0)  # internal
-    with answering(lose, lose, take) as url, philote.Client(url, channels=["a"]) as client:
+    with answering(lose, lose, take) as url, philote.Client(
+            url, channels=["a"], since=since) as client:
         wait_until(lambda: asked)
         client.publish("b", "x", wait=True)
-    assert [(value["subscribe"], value["since"]) for value in asked] == [(["a"], "1-0")]
+    assert [(value["subscribe"], value["since"]) for value in asked] == [
+        (["a"], since) for since in expected]
 
 
 def test_what_a_client_asks_for_when_it_comes_back_does_not_keep_it_from_reading(quick):
