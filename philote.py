@@ -4992,6 +4992,24 @@ def _tell_error(error: Exception) -> str:
 # For Python programs, and for the commands below. wsproto runs the protocol, in a thread that
 # reads, and comes back when the connection is lost. A server is not trusted: what it sends is
 # bounded in time and size.
+#
+# Coming back. The client holds one position, the highest id that it was sent, of all channels. It
+# asks for what is behind that. Each message that it publishes carries a ref, and stays in _requests
+# until the server answers with that ref. Behind a cut nobody knows which of them the server had
+# read, so they are not sent again at once:
+#
+#     1. What is behind the position holds our own messages, too. Each answers one request.
+#     2. Channels that we only publish to are joined for that (ref _CHECK), and left (_CAUGHT_UP).
+#     3. The server answers in order: at _CAUGHT_UP, all that there is to see has been seen.
+#     4. What is not answered is sent again, in order; meanwhile new requests queue up behind it.
+#
+# So others get a message twice only where our token may not read its channel, where the history
+# does not reach back, or where the old connection's bytes reach the server behind step 3.
+#
+# The threads: philote-client reads; what is sent at steps 2 and 4, and the close, is sent by others,
+# for a server in a replay reads nothing until we have read. The locks, in the order in which they
+# may be taken: Client._asking, Client._changed (nothing is sent under it), _Link.sending,
+# _ClientSocket.calling.
 
 _ANSWER_TIME = 10  # seconds without progress, after which a server will not answer
 _FIRST_PAUSE, _LAST_PAUSE = 0.5, 20  # seconds; a client comes back after a random part of them
