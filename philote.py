@@ -5006,10 +5006,10 @@ def _tell_error(error: Exception) -> str:
 # So others get a message twice only where our token may not read its channel, where the history
 # does not reach back, or where the old connection's bytes reach the server behind step 3.
 #
-# The threads: philote-client reads; what is sent at steps 2 and 4, and the close, is sent by others,
-# for a server in a replay reads nothing until we have read. The locks, in the order in which they
-# may be taken: Client._asking, Client._changed (nothing is sent under it), _Link.sending,
-# _ClientSocket.calling.
+# The threads: philote-client reads; what is sent at steps 2 and 4, and the close, is sent by
+# others, for a server in a replay reads nothing until we have read. The locks, in the order in
+# which they may be taken: Client._asking, Client._changed (nothing is sent under it),
+# _Link.sending, _ClientSocket.calling.
 
 _ANSWER_TIME = 10  # seconds without progress, after which a server will not answer
 _FIRST_PAUSE, _LAST_PAUSE = 0.5, 20  # seconds; a client comes back after a random part of them
