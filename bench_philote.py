@@ -1759,7 +1759,8 @@ def summary(options: argparse.Namespace) -> str:
     """Say in one line what was run where."""
     rounds = f"{options.rounds} round{'s' if options.rounds > 1 else ''}"
     few = ", fewer than the five that make a figure" if options.rounds < 5 else ""
-    return (f"{rounds} of {options.seconds} s{few}; {machine()}, {os.cpu_count()} cores, "
+    tls = ", TLS" * options.tls
+    return (f"{rounds} of {options.seconds} s{tls}{few}; {machine()}, {os.cpu_count()} cores, "
             f"{platform.python_implementation()} {platform.python_version()}, "
             f"{datetime.date.today()}")
 

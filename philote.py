@@ -36,9 +36,10 @@ The threads, and what each may wait for:
     accept      Server.serve_forever. Waits for newcomers only; starts a thread for each.
     connection  Server.run_connection. Waits for its own peer's bytes, and where a limit makes the
                 peer wait (Connection.pause), and for room for what it sends him of the past
-                (Connection.catch_up). With REDIS_URL also for Redis, 5 or 10 seconds at most, where
-                he asks for what needs it. Never waits for another peer: it writes to the sockets
-                of all subscribers, but only what they take at once.
+                (Connection.catch_up). With REDIS_URL also for Redis: where he publishes and it has
+                no room, and 5 or 10 seconds for what he asks of all servers. Never waits for
+                another peer: it writes to the sockets of all subscribers, but only what they take
+                at once.
     poller      Poller.run. Waits for sockets that were full and for points in time, for all
                 connections together.
     append,     RedisLog, only with REDIS_URL. Each waits for Redis on a connection of its own.
@@ -548,16 +549,18 @@ class Provider(jwt.PyJWKClient):
 
     def find(self, kid: str, wait: _Wait) -> Key:
         """Find a key by its id. Raises TokenError."""
-        now, key = time.monotonic(), self.keys.get(kid)
-        due = self.fetched + _KEYS_TIME if key else now
+        now, fetched = time.monotonic(), self.fetched  # before the keys that were fetched then
+        key = self.keys.get(kid)
+        due = fetched + _KEYS_TIME if key else now
         under_way = self.fetch(now, due)
         if not key:
             if under_way:
                 wait(_FETCH_TIME, under_way)
+            fetched = self.fetched
             key = self.keys.get(kid)  # a fetch may have ended before we asked for one, too
         if key:
             return key
-        if self.fetched >= now:  # one that began before may not have seen the newest key
+        if fetched >= now:  # one that began before may not have seen the newest key
             raise TokenError("the token's key (kid) is not among those of PUBLIC_KEYS")
         again = math.ceil(max(1, self.due - time.monotonic()))
         raise TokenError("the token's key (kid) is not known; the keys of PUBLIC_KEYS are fetched "
@@ -567,7 +570,7 @@ class Provider(jwt.PyJWKClient):
         """Begin to fetch the keys if that is due; returns what is set at the end, if it is."""
         with self.lock:
             # The one that is under way: its timeout is for each wait for bytes, which a provider
-            # that sends them one by one never exceeds.
+            # that sends the head of its answer byte by byte never exceeds.
             given_up = now > self.begun + _LONGEST_FETCH
             if now >= max(due, self.due) and (given_up or not self.under_way):
                 self.begun, self.due = now, now + _FETCH_PAUSE
@@ -1050,7 +1053,8 @@ class Transport:
 
     `descriptor` is a bare number. Once the socket is closed, the system gives it to another
     connection, where a late write would reach a stranger. So Connection sends and closes under its
-    lock, and sends nothing behind the close.
+    lock, and sends nothing behind the close. receive(), which writes where TLS has something to
+    answer, is called by the connection's own thread, before it closes.
     """
 
     __slots__ = ("sock", "descriptor")
@@ -1273,7 +1277,8 @@ class SwitchInterval:
     """
 
     SHORT, LONG = 0.0005, 1.0  # seconds
-    PAUSE, HOLD = 0.005, 0.1  # seconds between two looks; and that the interval stays long
+    PAUSE, HOLD = 0.005, 0.1  # seconds between two looks, or more; and that it stays long
+    NEWCOMER = 0.001  # seconds of it, for so long, for each thread that starts
     EXPLAINED = 8  # switches that a read explains: it sleeps, and then asks a few times
     TOO_MANY = 20_000  # others a second; they cost 15 us each where machines are slow
 
@@ -1294,13 +1299,16 @@ class SwitchInterval:
             self.due = now + self.PAUSE
             self._look(now)
 
-    def expect_many(self) -> None:
-        """Make the interval long before threads are started, which all want to run at once."""
-        self.interval, self.until = self.LONG, time.monotonic() + self.HOLD
-        sys.setswitchinterval(self.LONG)
+    def expect(self, newcomers: int) -> None:
+        """Let threads that are about to start run one after the other: each needs about 1 ms."""
+        seconds = newcomers * self.NEWCOMER
+        self.interval = max(self.interval, seconds)
+        self.until = max(self.until, time.monotonic() + seconds)
+        sys.setswitchinterval(self.interval)
 
     def _look(self, now: float) -> None:
         switches, reads = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw, self.reads
+        began, now = now, time.monotonic()
         asked = switches - self.switches - self.EXPLAINED * (reads - self.seen)
         if asked > self.TOO_MANY * (now - self.looked) > 0:
             self.interval, self.until = self.LONG, now + self.HOLD
@@ -1308,8 +1316,9 @@ class SwitchInterval:
             self.interval = max(self.SHORT, self.interval / 4)
         self.looked, self.seen, self.switches = now, reads, switches
         sys.setswitchinterval(self.interval)
-        # The system adds up what all threads did: 1 ms for 10,000 of them.
-        self.due = max(self.due, now + 50 * (time.monotonic() - now))
+        # The system adds up what all threads did: 1 ms for 10,000 of them. What it took also counts
+        # the time that this thread could not run.
+        self.due = max(self.due, now + min(self.HOLD, 50 * (now - began)))
 
 
 # --------------------------------------------------------------------------------------- connection
@@ -1336,7 +1345,7 @@ class State(enum.Enum):
     It changes in Connection._move() alone, under the connection's lock, and only along these lines.
     So where two want to change it, the first one wins, and the other finds that it is too late:
 
-    deadline, request   Connection.finish(only=READING) against move(ANSWERING): 408, or the answer
+    deadline, request   finish(only=READING) against move(ANSWERING): 408, or the answer
     eviction, upgrade   Connection.evict() against move(SUBSCRIBED): subscribers are not evicted
     stop, upgrade       Admission.subscribe() refuses when stopping; who was subscribed before is
                         told 1001 behind the head of the answer, which move() queues
@@ -1416,8 +1425,9 @@ class Connection:
         #     A:  lock | take, write ... | unlock | is anything pending? yes: lock, write it
         #     B:          append | try to lock: taken, go on
         #
-        # So whoever has held the lock for anything calls this behind it, but where nothing can be
-        # written any more (abort, close), or the socket is full and resume() will come.
+        # So whoever has held the lock for anything calls this behind it. Exceptions: nothing can be
+        # written any more (abort, close); the socket is full, and resume() will come; move(), whose
+        # caller does it.
         while self.pending and self.lock.acquire(False):
             try:
                 overflow = self._write()
@@ -2013,7 +2023,7 @@ class History:
     def append(self, first: int, name: str, payloads: Sequence[bytes]) -> None:
         """Keep messages with consecutive ids."""
         size = sum(map(len, payloads)) + _GROUP_OVERHEAD + len(payloads) * _KEPT_OVERHEAD
-        if size > self.limit >> 3 and len(payloads) > 1:  # to forget it would empty the history
+        if size > self.limit >> 3 and len(payloads) > 1:  # too much to go at once
             for position, payload in enumerate(payloads, first):
                 self.append(position, name, [payload])
             return
@@ -2450,7 +2460,7 @@ class Batch:
         self.tells: list[tuple[int, Tell]] = []  # who wants to know of which of them, by index
         self.heads: dict[str, str] = {}  # by channel: what all its messages begin with
         self.size = 0
-        self.touched: dict[Connection, Any] = {}  # to be flushed, in this order; no values
+        self.touched: dict[Connection, Any] = {}  # to be flushed; the values are not used
 
     def add(self, channel: str, data: str, tell: Tell | None = None) -> None:
         """Publish a message with data in JSON, by the next flush() at the latest."""
@@ -3142,7 +3152,8 @@ class RedisLog(Log):
     def _is_next(self, server: bytes, number: int, first: int) -> bool:
         # Whether an entry is the next of its server; one that is missing is noticed by what the
         # same server appends next, a heartbeat at the latest. At the start we may come in the
-        # middle of any server's numbers; one that is met later has just started, with 1.
+        # middle of any server's numbers; one that is met later has just started, with 1, or is told
+        # of as a gap (see _MOST_SERVERS).
         new = 1 if self.ready.is_set() else number
         expected, _ = self.expected.get(server, (new, 0))
         if number < expected:
@@ -3166,12 +3177,12 @@ class RedisLog(Log):
         self.outbox.put(self._make_entry(b"ended", {"ask": asked["ask"], "count": count}))
 
     def _receive_heartbeat(self, server: bytes, about: dict[str, Any]) -> None:
-        now = time.monotonic()
-        self.servers[server] = about, -math.inf if about["gone"] else now
         if server == self.id:
-            self.beating = False
+            self.beating = False  # first of all: else there would never be another
             if about["gone"]:
                 self.closing.set()
+        now = time.monotonic()
+        self.servers[server] = about, -math.inf if about["gone"] else now
         if len(self.expected) > _MOST_SERVERS:
             for name in [name for name, (_, at) in self.expected.items() if at < now - 86400]:
                 del self.expected[name]
@@ -4415,8 +4426,8 @@ class Admission:
 
     def _add_pending(self, connection: Connection) -> Connection | None:
         # Returns the one that has to go for it: of the address that has most, so that one client
-        # cannot keep out all others. It is counted until its thread ends, and is the last to go
-        # meanwhile. The caller ends it without the lock, for that writes to its socket.
+        # cannot keep out all others. It is counted until its thread ends; the next to go is
+        # another. The caller ends it without the lock, for that writes to its socket.
         self.pending.setdefault(connection.address, {})[connection] = None
         self.pending_count += 1
         if self.pending_count <= self.settings.max_pending:
@@ -4768,7 +4779,7 @@ class Server(socketserver.ThreadingTCPServer):
             while len(newcomers) < _MOST_NEWCOMERS:
                 newcomers.append(self.get_request()[0])
         if self.switch_interval:
-            self.switch_interval.expect_many()
+            self.switch_interval.expect(len(newcomers))
         for connection in newcomers:
             self._start_thread(connection)
 
@@ -4780,17 +4791,20 @@ class Server(socketserver.ThreadingTCPServer):
             # its first step never does, and nobody would be accepted any more.
             _thread.start_new_thread(self.run_connection, (connection,))
         except (RuntimeError, MemoryError) as error:
-            if self.own_log_limit.may_log("threads"):
-                log.error("no more threads, newcomers are refused: %s", str(error) or "no memory")
             self.admission.remove(connection)
-            self._refuse_at_the_door(connection.transport.sock)
+            with contextlib.suppress(MemoryError), connection.transport.sock:
+                self._refuse_at_the_door(connection.transport.sock)
+                if self.own_log_limit.may_log("threads"):
+                    log.error(
+                        "no more threads, newcomers are refused: %s", str(error) or "no memory")
 
     def shutdown_request(self, request: Any) -> None:
         """Do nothing: a connection is closed by its own thread."""
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log what socketserver would print."""
-        log.exception("%s: unexpected error", request.address)
+        with contextlib.suppress(MemoryError):
+            log.exception("%s: unexpected error", request.address)
 
     def _refuse_for_want_of_descriptors(self, error: OSError) -> None:
         if self.own_log_limit.may_log("descriptors"):
