@@ -1291,7 +1291,7 @@ class SwitchInterval:
         sys.setswitchinterval(self.interval)
 
     def count_read(self) -> None:
-        """Count that a thread has waited for its peer, and look if it is time."""
+        """Count that a thread has waited for its peer, or is done; look, if it is time."""
         self.reads += 1
         if (now := time.monotonic()) >= self.due:
             # First of all, or this thread might lose the lock many times before it has looked.
@@ -4864,6 +4864,8 @@ class Server(socketserver.ThreadingTCPServer):
                     self.poller.forget(connection)
                 finally:
                     self.admission.remove(connection)
+                    if self.switch_interval:  # where thousands end, nobody may read any more
+                        self.switch_interval.count_read()
 
     def take_turn(self, size: int) -> contextlib.AbstractContextManager[Any]:
         """Let one thread at a time work on much input, where all share one interpreter's lock."""
