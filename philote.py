@@ -5080,7 +5080,8 @@ class _Request:
     def __init__(self, value: dict[str, Any], awaited: bool) -> None:
         self.value = value
         self.awaited = awaited  # whether somebody waits for the answer
-        self.size = len(str(value.get("data", "")))
+        self.data = json.dumps(value.get("data"), allow_nan=False)
+        self.size = len(self.data)
         self.link: _Link | None = None  # the connection that it was sent on last
         self.answer: dict[str, Any] | PhiloteError | None = None
         self.brought: set[str] = set()  # ids of messages, where it may have to be sent again
@@ -5502,7 +5503,8 @@ class Client:
 
     def _take_message(self, value: dict[str, Any], size: int) -> None:
         # Our own messages come only in a replay. Those of one channel are in the log in the order
-        # in which they were sent: one above the highest known id is the oldest unanswered one.
+        # in which they were sent: one above the highest known id is the oldest unanswered one of
+        # the same data.
         message = Message(*(value.get(name, "") for name in Message._fields))
         if message.id:
             if _as_numbers(message.id) > _as_numbers(self._position):
@@ -5511,11 +5513,13 @@ class Client:
                 if _as_numbers(message.id) > self._acknowledged.get(
                         message.channel, self._all_acknowledged):
                     self._acknowledge(message.channel, message.id)
-                    # What was sent on this connection gets an answer of its own.
+                    # What was sent on this connection gets an answer of its own. A message that two
+                    # servers brought into the log, once each, stands for none behind it.
+                    data = json.dumps(message.data)
                     self._answer(next((
                         ref for ref, request in self._requests.items()
                         if request.value.get("channel") == message.channel
-                        and request.link not in (None, self._link)), ""),
+                        and request.data == data and request.link not in (None, self._link)), ""),
                         {"published": {"id": message.id}})
                 return
             for request in self._subscribing:

@@ -4937,7 +4937,7 @@ HANDSHAKES = st.one_of(st.binary(max_size=200), st.tuples(st.sampled_from([
 
 @pytest.mark.parametrize("strategy", [HANDSHAKES, STREAMS.map(upgrade().__add__)],
                          ids=["as a handshake", "behind it"])
-@with_settings(max_message_size=10_000)
+@with_settings(max_message_size=10_000, ping_interval=0)
 def test_any_bytes_do_no_harm(server, undisturbed, strategy, full):
     def check(sent):
         with dial(server) as sock, contextlib.suppress(OSError):
@@ -5888,6 +5888,27 @@ def test_a_late_copy_of_a_message_acknowledges_no_later_one(quick):
     with answering(lose, bring_late, take) as url, philote.Client(url) as client:
         assert [client.publish("a", data, wait=True) for data in ("first", "second")] == [
             "4-0", "6-0"]
+
+
+def test_a_message_that_two_servers_published_acknowledges_none_behind_it(quick):
+    def lose(end):
+        end.send(end.upgrade)
+        for _ in range(2):
+            end.read_frame()
+
+    def bring_twice(end):
+        end.send(end.upgrade)
+        for id in "4-0", "5-0":
+            end.send(plain(1, json.dumps(
+                {"issuer": "us", "channel": "a", "data": {"x": [1.5]}, "id": id})))
+        again = caught_up(end)
+        assert again["data"] == "second"
+        end.send(published(again, "6-0"))
+        end.answer_close()
+
+    with answering(lose, bring_twice) as url, philote.Client(url) as client:
+        client.publish("a", {"x": (1.5,)})
+        assert client.publish("a", "second", wait=True) == "6-0"
 
 
 def test_a_channel_that_may_not_be_read_hides_nothing_of_the_others(server, quick):
