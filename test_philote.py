@@ -3340,7 +3340,7 @@ def test_the_switch_interval_is_long_while_too_many_ask(restless, monkeypatch):
     follows = philote.SwitchInterval()
     short, long = follows.SHORT, follows.LONG
 
-    def look(asked, reads=1, seconds=0.01):
+    def look(asked, reads=1, seconds=0.03):
         now[0] += seconds
         switches[0] += asked
         follows.reads += reads - 1
@@ -3349,12 +3349,12 @@ def test_the_switch_interval_is_long_while_too_many_ask(restless, monkeypatch):
 
     assert look(0) == pytest.approx(short)
     assert look(5000, reads=1000) == pytest.approx(short)  # many have come, but few ask
-    assert look(500) == look(0) == long
+    assert look(1000) == look(0) == long
     steps = [look(0) for _ in range(20)]
-    assert steps[5] == long and steps[-1] == pytest.approx(short)
+    assert steps[1] == long and steps[-1] == pytest.approx(short)
     assert all(a >= b >= a / 17 for a, b in zip(steps, steps[1:]))
-    follows.expect(20)
-    assert interval() == look(0) == pytest.approx(0.02)
+    follows.expect(50)
+    assert interval() == look(0) == pytest.approx(0.05)
     assert [look(0) for _ in range(5)][-1] == pytest.approx(short)
     for _ in range(20):  # newcomers, one by one
         follows.expect(1)
