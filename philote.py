@@ -1277,8 +1277,9 @@ class SwitchInterval:
     """
 
     SHORT, LONG = 0.0005, 1.0  # seconds
-    # Seconds between two looks, or more: who begins to wait during one does not ask for a while, and
-    # at 5 ms one in a hundred messages beside a flood took twice as long. And that it stays long.
+    # Seconds between two looks, or more: who begins to wait during one does not ask for a while,
+    # and at 5 ms one in a hundred messages beside a flood took twice as long. And that it stays
+    # long.
     PAUSE, HOLD = 0.02, 0.1
     NEWCOMER = 0.001  # seconds of it, for so long, for each thread that starts
     EXPLAINED = 8  # switches that a read explains: it sleeps, and then asks a few times
