@@ -269,8 +269,11 @@ class RawClient:
         return head[0] & 15, self.file.read(size)
 
     def receive(self):
-        """The next message, decoded."""
+        """The next message, decoded; a ping before it, on a slow machine, is answered."""
         opcode, payload = self.read_frame()
+        while opcode == 9:
+            self.send(frame(10, payload))
+            opcode, payload = self.read_frame()
         assert opcode == 1, (opcode, payload)
         return json.loads(payload)
 
