@@ -319,14 +319,13 @@ def start_handshake(port: int, request: bytes, receive_buffer: int = 0) -> socke
 def finish_handshake(sock: socket.socket) -> socket.socket:
     """Read the reply and make the socket non-blocking. Raises LoadFailed unless it is a 101."""
     head = b""
-    while isinstance(sock, TLSSocket) and not head.endswith(b"\r\n\r\n"):  # it cannot peek
-        if not (data := sock.recv(1)):
-            raise LoadFailed("the server closed a connection during the handshake")
-        head += data
     while not head.endswith(b"\r\n\r\n"):  # what is behind it is a message, and left there
-        seen = sock.recv(4096, socket.MSG_PEEK)
-        end = (head[-3:] + seen).find(b"\r\n\r\n") + 4 - len(head[-3:])
-        data = sock.recv(end if end >= 4 - len(head[-3:]) else len(seen)) if seen else b""
+        if isinstance(sock, TLSSocket):  # which cannot peek
+            data = sock.recv(1)
+        else:
+            seen = sock.recv(4096, socket.MSG_PEEK)
+            end = (head[-3:] + seen).find(b"\r\n\r\n") + 4 - len(head[-3:])
+            data = sock.recv(end if end >= 4 - len(head[-3:]) else len(seen)) if seen else b""
         if not data:
             raise LoadFailed("the server closed a connection during the handshake")
         head += data

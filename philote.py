@@ -2362,15 +2362,19 @@ class Log:
         if past.since is not None and (met or past.partly):
             position = min(max(past.since, self.history.floor), self.position)
             return position, met, []
-        return position, met, self.history.last(
-            past.last, {*kept, *filter(names.cover, self.history.names_behind(seen))})
+        if not past.last:
+            return position, met, []
+        new = filter(names.cover, self.history.names_behind(seen))
+        return position, met, self.history.last(past.last, {*kept, *new})
 
     def _find_kept(self, names: Names, past: Past) -> tuple[Iterable[str], int]:
         # The channels that `last` is about, and up to which id: there may be new ones behind it,
         # for patterns are compared with all channels while the lock is free.
+        if not past.last or not names.prefixes:
+            return names, self.position
         with self.lock:
-            kept, seen = [*self.history.by_name] if past.last else [], self.position
-        return [*filter(names.cover, kept)] if names.prefixes else names, seen
+            kept, seen = [*self.history.by_name], self.position
+        return [*filter(names.cover, kept)], seen
 
     def _walk(self, names: Names, past: Past, live: Names, begin: Callable[[int, bool], None],
               tell_gap: Callable[[int], None]) -> Iterator[tuple[list[Entry], int, bool, bool]]:
@@ -4795,7 +4799,7 @@ class Server(socketserver.ThreadingTCPServer):
             _thread.start_new_thread(self.run_connection, (connection,))
         except (RuntimeError, MemoryError) as error:
             self.admission.remove(connection)
-            with contextlib.suppress(MemoryError), connection.transport.sock:
+            with contextlib.suppress(MemoryError):
                 self._refuse_at_the_door(connection.transport.sock)
                 if self.own_log_limit.may_log("threads"):
                     log.error(
@@ -4812,9 +4816,7 @@ class Server(socketserver.ThreadingTCPServer):
     def _refuse_for_want_of_descriptors(self, error: OSError) -> None:
         if self.own_log_limit.may_log("descriptors"):
             log.error("no more descriptors, newcomers are refused: %s", error.strerror)
-        reserve, self.reserve = self.reserve, None
-        if reserve is not None:
-            os.close(reserve)
+        if self._close_reserve():
             with contextlib.suppress(OSError):
                 self._refuse_at_the_door(self.socket.accept()[0])
         try:
@@ -4823,11 +4825,18 @@ class Server(socketserver.ThreadingTCPServer):
             # Without a wait this thread would spin: the listening socket stays readable.
             self.stopping.wait(0.1)
 
+    def _close_reserve(self) -> bool:
+        # By one thread alone: a number that is closed twice may be another file's by then.
+        reserve, self.reserve = self.reserve, None
+        if reserve is not None:
+            os.close(reserve)
+        return reserve is not None
+
     def _refuse_at_the_door(self, sock: socket.socket) -> None:
-        error = HTTPError(503, "the server has no room for another connection", "exhausted",
-                          {**_CLOSE, **_RETRY})
-        self.metrics.refuse(error.code)
         with sock, contextlib.suppress(OSError):
+            error = HTTPError(503, "the server has no room for another connection", "exhausted",
+                              {**_CLOSE, **_RETRY})
+            self.metrics.refuse(error.code)
             if not self.tls:
                 sock.send(error.response().encode(), _DONTWAIT)
             sock.shutdown(socket.SHUT_WR)
@@ -4913,9 +4922,7 @@ class Server(socketserver.ThreadingTCPServer):
         finally:
             self.log.close()
             self.poller.stop()
-            reserve, self.reserve = self.reserve, None
-            if reserve is not None:
-                os.close(reserve)
+            self._close_reserve()
             self.stopped.set()
 
     def _stop_listening(self) -> None:
@@ -5083,11 +5090,16 @@ class _Request:
     def __init__(self, value: dict[str, Any], awaited: bool) -> None:
         self.value = value
         self.awaited = awaited  # whether somebody waits for the answer
-        self.data = json.dumps(value.get("data"), allow_nan=False)
-        self.size = len(self.data)
+        self.size = len(str(value.get("data", "")))
         self.link: _Link | None = None  # the connection that it was sent on last
         self.answer: dict[str, Any] | PhiloteError | None = None
         self.brought: set[str] = set()  # ids of messages, where it may have to be sent again
+
+    @functools.cached_property
+    def data(self) -> str:
+        """What a message's data is like when it comes back: the server leaves out null."""
+        data = self.value.get("data")
+        return json.dumps("" if data is None else data)
 
     def encode(self, ref: str) -> str:
         return json.dumps({**self.value, "ref": ref}, allow_nan=False)

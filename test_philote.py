@@ -5893,7 +5893,9 @@ def test_a_late_copy_of_a_message_acknowledges_no_later_one(quick):
             "4-0", "6-0"]
 
 
-def test_a_message_that_two_servers_published_acknowledges_none_behind_it(quick):
+@pytest.mark.parametrize("sent, comes", [
+    ({"x": (1.5,)}, {"data": {"x": [1.5]}}), (None, {}), ("", {}), (False, {"data": False})])
+def test_a_message_that_two_servers_published_acknowledges_none_behind_it(quick, sent, comes):
     def lose(end):
         end.send(end.upgrade)
         for _ in range(2):
@@ -5903,14 +5905,14 @@ def test_a_message_that_two_servers_published_acknowledges_none_behind_it(quick)
         end.send(end.upgrade)
         for id in "4-0", "5-0":
             end.send(plain(1, json.dumps(
-                {"issuer": "us", "channel": "a", "data": {"x": [1.5]}, "id": id})))
+                {"issuer": "us", "channel": "a", "id": id, **comes})))
         again = caught_up(end)
         assert again["data"] == "second"
         end.send(published(again, "6-0"))
         end.answer_close()
 
     with answering(lose, bring_twice) as url, philote.Client(url) as client:
-        client.publish("a", {"x": (1.5,)})
+        client.publish("a", sent)
         assert client.publish("a", "second", wait=True) == "6-0"
 
 
