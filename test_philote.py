@@ -1904,8 +1904,9 @@ def test_a_silent_peer_is_told_1011_and_dropped(server, caplog, reader):
 
 @with_settings(ping_interval=1, max_message_size=1 << 23)
 def test_a_silent_peer_whose_socket_is_full_is_dropped_too(server, slow_reader):
+    data = text("a", "x" * 6_000_000)  # made here, as it takes longer than an interval
     with RawClient(server, write=["a"]) as writer:
-        writer.publish("a", "x" * 6_000_000)
+        writer.send(data)
         wait_until(lambda: totals(server)["queued"] > 0 or subscriber_count(server) < 2)
     wait_until(lambda: is_empty(server))
 
