@@ -5089,8 +5089,9 @@ class _Request:
 
     def __init__(self, value: dict[str, Any], awaited: bool) -> None:
         self.value = value
+        # Encoded at once: it may be sent later, or again, and callers change what they hold.
+        self.text = json.dumps(value, allow_nan=False)
         self.awaited = awaited  # whether somebody waits for the answer
-        self.size = len(str(value.get("data", "")))
         self.link: _Link | None = None  # the connection that it was sent on last
         self.answer: dict[str, Any] | PhiloteError | None = None
         self.brought: set[str] = set()  # ids of messages, where it may have to be sent again
@@ -5098,11 +5099,11 @@ class _Request:
     @functools.cached_property
     def data(self) -> str:
         """What a message's data is like when it comes back: the server leaves out null."""
-        data = self.value.get("data")
+        data = json.loads(self.text).get("data")
         return json.dumps("" if data is None else data)
 
     def encode(self, ref: str) -> str:
-        return json.dumps({**self.value, "ref": ref}, allow_nan=False)
+        return self.text[:-1] + f', "ref": "{ref}"}}'
 
 
 class Client:
@@ -5290,13 +5291,12 @@ class Client:
             self._thread.join(0.02)
 
     def _ask(self, value: dict[str, Any], awaited: bool) -> _Request:
-        request = _Request(value, awaited)
-        request.encode("")  # raises what cannot be encoded
+        request = _Request(value, awaited)  # raises TypeError, ValueError for what is no JSON
         with self._asking:
             with self._changed:
                 self._changed.wait_for(lambda: self._end or self._closing or not self._requests or (
                     len(self._requests) < _MOST_ASKED
-                    and self._asked_size + request.size < _MOST_SIZE))
+                    and self._asked_size + len(request.text) < _MOST_SIZE))
                 if self._closing:
                     raise self._end or ConnectionClosed(1006)
                 self._raise_end()
@@ -5311,7 +5311,7 @@ class Client:
     def _add_request(self, request: _Request) -> str:
         ref = next(self._refs)
         self._requests[ref] = request
-        self._asked_size += request.size
+        self._asked_size += len(request.text)
         if "subscribe" in request.value:
             self._subscribing.append(request)
         return ref
@@ -5320,7 +5320,7 @@ class Client:
         request = self._requests.pop(str(ref), None)
         if request:
             request.answer = answer
-            self._asked_size -= request.size
+            self._asked_size -= len(request.text)
             if request in self._subscribing:
                 self._subscribing.remove(request)
         return request

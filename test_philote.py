@@ -5894,6 +5894,28 @@ def test_a_late_copy_of_a_message_acknowledges_no_later_one(quick):
             "4-0", "6-0"]
 
 
+def test_what_is_sent_again_is_what_was_published_whatever_became_of_it(quick):
+    again, changed = [], threading.Event()
+
+    def lose(end):
+        end.send(end.upgrade)
+        end.read_frame()
+        changed.wait(PATIENCE)
+
+    def take(end):
+        end.send(end.upgrade)
+        again.append(caught_up(end))
+        end.send(published(again[0], "4-0"))
+        end.answer_close()
+
+    data = {"number": 1}
+    with answering(lose, take) as url, philote.Client(url) as client:
+        client.publish("a", data)
+        data["number"] = 2
+        changed.set()
+    assert [value["data"] for value in again] == [{"number": 1}]
+
+
 @pytest.mark.parametrize("sent, comes", [
     ({"x": (1.5,)}, {"data": {"x": [1.5]}}), (None, {}), ("", {}), (False, {"data": False})])
 def test_a_message_that_two_servers_published_acknowledges_none_behind_it(quick, sent, comes):
