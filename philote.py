@@ -5221,15 +5221,15 @@ class Client:
         """
         with self._changed:
             self._changed.wait_for(lambda: self._refusals or self._received or self._end, timeout)
-            if self._received and not self._refusals:
-                item, size = self._received.popleft()
-                self._received_size -= size
-                if isinstance(item, Gap):
-                    raise item
-                return item
-        self._raise_refusal()
-        self._raise_end()
-        return None
+            self._raise_refusal()
+            if not self._received:
+                self._raise_end()
+                return None
+            item, size = self._received.popleft()
+            self._received_size -= size
+        if isinstance(item, Gap):
+            raise item
+        return item
 
     def __iter__(self) -> Iterator[Message]:
         """Receive messages until close() is called. Raises what receive() raises."""

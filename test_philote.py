@@ -5356,6 +5356,26 @@ def test_receive_waits_for_a_message_as_long_as_it_is_told(client, writer):
     assert received.result().data == "at last"
 
 
+def test_the_end_is_not_raised_before_a_message_that_comes_when_the_wait_is_over():
+    go = threading.Event()
+
+    def script(end):
+        end.send(end.upgrade)
+        go.wait(PATIENCE)
+        end.send(plain(1, stamped("last")) + plain(8, 1000))
+
+    def let_it_come():  # behind the wait, and before the look whether the client has ended
+        go.set()
+        client._thread.join(0.5)
+
+    with answering(script) as url:
+        client = plain_client(url)
+        client._raise_refusal = let_it_come  # internal
+        assert client.receive(0) is None
+        assert client.receive(PATIENCE).data == "last"
+        assert close_code(client.receive) == 1000
+
+
 def test_iteration_gives_messages_until_close(client, writer):
     got = []
     with background(lambda: got.extend(iter(client))) as (iteration,):
