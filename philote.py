@@ -5273,7 +5273,7 @@ class Client:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        threading.Thread(target=self._link.send_close, daemon=True).start()
+        _send_aside(self._link.send_close)
         self._wait_while(self._thread.is_alive)
         self._link.abort()
         self._thread.join(_ANSWER_TIME)
@@ -5423,7 +5423,7 @@ class Client:
             values = [*({"subscribe": [name], "since": since, "ref": _CHECK}
                         for name in unseen if since),
                       {"unsubscribe": leave, "ref": _CAUGHT_UP}]
-            threading.Thread(target=self._send_all, args=(link, values), daemon=True).start()
+            _send_aside(self._send_all, link, values)
 
     def _send_all(self, link: _Link, values: Iterable[dict[str, Any]]) -> None:
         with contextlib.suppress(OSError, ProtocolError):
@@ -5511,7 +5511,7 @@ class Client:
                 self._unchecked = ""
             self._changed.notify_all()
         if ref == _CAUGHT_UP:  # not by this thread, which has to read the answers
-            threading.Thread(target=self._send_again, args=(link,), daemon=True).start()
+            _send_aside(self._send_again, link)
 
     def _joined(self) -> Names:
         return self._link.channels if self._channels is None else self._channels
@@ -5587,6 +5587,14 @@ def _as_numbers(id: str) -> tuple[int, int]:
     return int(milliseconds or 0), int(counter or 0)
 
 
+def _send_aside(call: Callable[..., None], *arguments: Any) -> threading.Thread:
+    # In a thread of its own: the reader must go on, for a server in a replay reads nothing until
+    # we have read, and close() must not wait for that.
+    thread = threading.Thread(target=call, args=arguments, daemon=True)
+    thread.start()
+    return thread
+
+
 _WS_UNIX = "ws+unix"  # the scheme of a URL that names a Unix socket
 
 
@@ -5622,6 +5630,8 @@ class _Link:
         self.code, self.reason = 1006, ""  # how it ended
         self.protocol = wsproto.WSConnection(ConnectionType.CLIENT)
         self.sending = threading.Lock()  # keeps a frame whole; guards what sends in `protocol`
+        self.pong = wsproto.events.Pong()  # the answer to the last ping; the reader's
+        self.ponging = threading.Lock()  # held while a thread is about to send that
         self.sock = _ClientSocket(_connect_to(url))
         self.texts = self._read_texts()  # messages to the end of the connection; raises OSError
         try:
@@ -5645,13 +5655,23 @@ class _Link:
         except (ProtocolError, ValueError) as error:
             raise PhiloteError(f"this is no WebSocket server: {error}") from None
         if isinstance(event, wsproto.events.RejectConnection):
-            raise Unauthorized(event.status_code, self.sock.read_reason())
-        if not isinstance(event, wsproto.events.AcceptConnection):
-            raise PhiloteError("this is no WebSocket server")
+            raise Unauthorized(event.status_code, self._read_reason(event))
+
+    def _read_reason(self, refusal: wsproto.events.RejectConnection) -> str:
+        # Why, if the server says so as Philote does. Without a length it might not end.
+        body, is_announced = b"", b"content-length" in dict(refusal.headers)
+        with contextlib.suppress(OSError, ProtocolError, *_NO_PHILOTE):
+            while is_announced and len(body) < 10_000:
+                for event in self.protocol.events():
+                    if isinstance(event, wsproto.events.RejectData):
+                        body += event.data
+                        if event.body_finished:
+                            return str(json.loads(body)["reason"])
+                self.protocol.receive_data(self.sock.recv())
+        return "the server refused the connection"
 
     def _read_texts(self) -> Iterator[str]:
-        parts: list[str] = []
-        size = 0
+        text = io.StringIO()  # empty frames without end take no memory there
         while True:
             for event in self.protocol.events():
                 if isinstance(event, wsproto.events.TextMessage):
@@ -5661,13 +5681,16 @@ class _Link:
                         self.code = CloseReason.MESSAGE_TOO_BIG
                         return
                     if event.message_finished:
-                        yield "".join(parts)
-                        parts, size = [], 0
+                        yield text.getvalue()
+                        text = io.StringIO()
                 elif isinstance(event, wsproto.events.Ping):
-                    self._send(event.response())
+                    # Where several wait, the last is answered (RFC 6455, section 5.5.3).
+                    self.pong = event.response()
+                    if self.ponging.acquire(blocking=False):
+                        _send_aside(self._send_pong)
                 elif isinstance(event, wsproto.events.CloseConnection):
                     self.code, self.reason = int(event.code), event.reason or ""
-                    self._send(event.response())
+                    _send_aside(self._send, event.response()).join(CLOSING_TIME)
                     return
             self.sock.deadline = time.monotonic() + self.patience
             self.protocol.receive_data(self.sock.recv())
@@ -5685,9 +5708,10 @@ class _Link:
         with self.sending, contextlib.suppress(OSError, ProtocolError):
             self.sock.send(self.protocol.send(event))
 
-    def taken(self) -> int:
-        """How many of our bytes the server has taken so far."""
-        return self.sock.taken()
+    def _send_pong(self) -> None:
+        with self.sending, contextlib.suppress(OSError, ProtocolError):
+            self.ponging.release()  # who sees this after he has set another pong, starts a thread
+            self.sock.send(self.protocol.send(self.pong))
 
     def abort(self) -> None:
         """End the connection, and the wait of whoever waits for it."""
