@@ -5045,6 +5045,8 @@ _MOST_CHANNELS = 1000  # by which it is known what was acknowledged, before old 
 _MOST_RECEIVED = 1 << 26  # characters that may wait to be received
 _LONGEST_QUERY = 4000  # characters; more channels than fit there are joined later
 _CHECK, _CAUGHT_UP = "check", "caught up"  # refs of what a client asks on its own account
+# What decoding and walking through an answer raises, where it is not what a Philote server says.
+_NO_PHILOTE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
 # Close codes that another attempt would meet again.
 _FINAL = {CloseReason.PROTOCOL_ERROR, CloseReason.INVALID_FRAME_PAYLOAD_DATA,
           CloseReason.MESSAGE_TOO_BIG}
@@ -5582,6 +5584,10 @@ class Client:
                     link.send_text(request.encode(ref))
 
 
+def _given(**options: Any) -> dict[str, Any]:
+    return {name: value for name, value in options.items() if value is not None}
+
+
 def _as_numbers(id: str) -> tuple[int, int]:
     milliseconds, _, counter = id.partition("-")
     return int(milliseconds or 0), int(counter or 0)
@@ -5616,6 +5622,17 @@ def split_url(url: str) -> urllib.parse.SplitResult:
     return parts
 
 
+def _path_of(url: urllib.parse.SplitResult) -> str:
+    # At the server: what a URL of a Unix socket has for a path is where that is.
+    return "/" if url.scheme == _WS_UNIX else url.path or "/"
+
+
+def _bearer(token: str) -> str:
+    if not re.fullmatch("[!-~]*", token):
+        raise PhiloteError("the token holds characters that no token has")
+    return "Bearer " + token
+
+
 class _Link:
     """One connection to a server. Read by one thread; any may send."""
 
@@ -5623,9 +5640,7 @@ class _Link:
     patience = math.inf  # seconds that the server may be silent
 
     def __init__(self, url: urllib.parse.SplitResult, token: str,
-                 parameters: Sequence[tuple[str, str]], max_message_size: int) -> None:
-        if not re.fullmatch("[!-~]*", token):
-            raise PhiloteError("the token holds characters that no token has")
+                 parameters: Sequence[tuple[str, Any]], max_message_size: int) -> None:
         self.max_message_size = max_message_size
         self.code, self.reason = 1006, ""  # how it ended
         self.protocol = wsproto.WSConnection(ConnectionType.CLIENT)
@@ -5642,16 +5657,15 @@ class _Link:
             raise
 
     def _shake_hands(self, url: urllib.parse.SplitResult, token: str,
-                     parameters: Sequence[tuple[str, str]]) -> None:
+                     parameters: Sequence[tuple[str, Any]]) -> None:
         query = "&".join(filter(None, [url.query, urllib.parse.urlencode(parameters)]))
-        headers = [(b"Authorization", b"Bearer " + token.encode())] if token else []
-        path = "/" if url.scheme == _WS_UNIX else url.path or "/"
+        headers = [(b"Authorization", _bearer(token).encode())] if token else []
         self.sock.send(self.protocol.send(wsproto.events.Request(
             host=url.netloc.rpartition("@")[2] or "localhost", extra_headers=headers,
-            target=path + ("?" + query if query else ""))))
+            target=_path_of(url) + ("?" + query if query else ""))))
         try:
-            self.protocol.receive_data(self.sock.read_head())
-            event = next(self.protocol.events(), None)
+            while not (event := next(self.protocol.events(), None)):
+                self.protocol.receive_data(self.sock.recv())  # refuses a head above 16 KiB
         except (ProtocolError, ValueError) as error:
             raise PhiloteError(f"this is no WebSocket server: {error}") from None
         if isinstance(event, wsproto.events.RejectConnection):
@@ -6215,15 +6229,16 @@ def _health(arguments: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(_ANSWER_TIME)
-    connection = _open_http(arguments)
+    url = split_url(arguments.url)
+    connection = _open_http(url)
     try:
-        connection.request("GET", "/health")
+        connection.request("GET", _path_beside(url, "health"))
         response = connection.getresponse()
         answer = json.loads(response.read(4096))
         status, reason = answer["status"], answer.get("reason", "")
     except OSError:  # of which some are a ValueError, too
         raise
-    except (http.client.HTTPException, ValueError, LookupError, TypeError, RecursionError):
+    except (http.client.HTTPException, *_NO_PHILOTE):
         raise PhiloteError(f"{_without_token(arguments.url)} is no Philote server, or one that "
                            "speaks TLS (wss://)") from None
     if response.status != 200:
@@ -6242,8 +6257,12 @@ class _UnixHTTPConnection(http.client.HTTPConnection):
         self.sock = _dial(self.url, 0)
 
 
-def _open_http(arguments: argparse.Namespace) -> http.client.HTTPConnection:
-    url = split_url(arguments.url)
+def _path_beside(url: urllib.parse.SplitResult, name: str) -> str:
+    # As a browser finds it, for a proxy may have the server below a path: ws://host/chat/
+    return urllib.parse.urljoin(_path_of(url), name)
+
+
+def _open_http(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
     if url.scheme == _WS_UNIX:
         return _UnixHTTPConnection(url)
     kind = http.client.HTTPSConnection if url.scheme == "wss" else http.client.HTTPConnection
@@ -6368,39 +6387,38 @@ def _subscribe(arguments: argparse.Namespace) -> int:
 
 
 def _history(arguments: argparse.Namespace) -> int:
-    connection = _open_http(arguments)
-    channels = [("channel", name) for name in arguments.channels]
+    url = split_url(arguments.url)
+    connection = _open_http(url)
 
-    def ask(*past: tuple[str, str]) -> tuple[list[Message], str, tuple[int, int], bool]:
+    def ask(**past: Any) -> tuple[list[Message], tuple[int, int], bool]:
+        query = urllib.parse.urlencode(
+            {"channel": arguments.channels, **_given(**past)}, doseq=True)
+        headers = {"Authorization": _bearer(_token_for(arguments, arguments.channels))}
         try:
-            connection.request("GET", "/api/history?" + urllib.parse.urlencode([*channels, *past]),
-                               headers={"Authorization": "Bearer " + _token_for(
-                                   arguments, arguments.channels)})
+            connection.request("GET", _path_beside(url, "api/history?" + query), headers=headers)
             response = connection.getresponse()
             value = json.loads(response.read())
             if response.status != 200:
                 raise _explain(Unauthorized(response.status, str(value["reason"])), arguments)
             return ([Message(*(message.get(name, "") for name in Message._fields))
                      for message in value["messages"]],
-                    value["id"], _as_numbers(value["id"]), value["complete"])
+                    _as_numbers(value["id"]), value["complete"])
         except OSError:  # of which some are a ValueError, too
             raise
-        except (http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError,
-                RecursionError):
+        except (http.client.HTTPException, *_NO_PHILOTE):
             raise PhiloteError("this is no Philote server that keeps messages") from None
 
-    _, _, end, _ = ask(("since", "now"))  # there may always be more behind it
-    past = [*(("since", value) for value in [arguments.since] if value),
-            *(("last", str(value)) for value in [arguments.last] if value is not None)]
+    _, end, _ = ask(since="now")  # there may always be more behind it
+    past = _given(since=arguments.since or None, last=arguments.last)
     while True:
-        messages, id, position, complete = ask(*past)
+        messages, position, complete = ask(**past)
         if not complete:
             _tell(str(Gap()))
         for message in messages:
             _show(message, arguments.json)
         if not messages or arguments.last is not None or position >= end:
             return 0
-        past = [("since", id)]
+        past = {"since": "%d-%d" % position}
 
 
 def _publish(arguments: argparse.Namespace) -> int:

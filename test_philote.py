@@ -6393,15 +6393,17 @@ def test_bad_arguments_are_answered_with_one_line_and_2(line):
 
 @pytest.mark.parametrize("line, environ, reason", [
     *[(line, {"PHILOTE_URL": "http://x"}, "'http://x'") for line in ("publish a b", "subscribe a")],
-    *[(line, {"SECRET": PUBLIC_KEY}, "SECRET") for line in ("publish a", "subscribe a", "token")]])
+    *[(line, {"SECRET": PUBLIC_KEY}, "SECRET") for line in (
+        "publish a", "subscribe a", "history a", "token")]])
 def test_a_bad_environment_is_answered_with_one_line_and_2(line, environ, reason):
     assert "MIIB" not in fails(*line.split(), status=2, says=reason, **environ)
 
 
-@pytest.mark.parametrize("line", ["publish a b", "subscribe a"])
+@pytest.mark.parametrize("line", ["publish a b", "subscribe a", "history a"])
 @pytest.mark.parametrize("token", ["two\nlines", "\u00e9"], ids=ascii)
 def test_a_token_that_fits_in_no_header_is_answered_with_one_line(server, line, token):
-    assert token not in fails(*line.split(), "--url", url_of(server), "--token", token)
+    assert token not in fails(*line.split(), "--url", url_of(server), "--token", token,
+                              says="the token holds characters")
 
 
 @pytest.mark.parametrize("option", ["-E", "-I"])
@@ -6812,6 +6814,19 @@ def test_health_is_one_line_and_1_whatever_answers(provider, answer, says):
     provider.answer = answer
     url = f"ws://127.0.0.1:{provider.server.server_port}"
     fails("health", "--url", url, says=says)
+
+
+@pytest.mark.parametrize("path, base", [
+    ("", "/"), ("/any?auth=x", "/"), ("/chat/", "/chat/"), ("/chat/any", "/chat/")])
+def test_health_and_history_find_a_server_below_a_path_as_browsers_do(provider, path, base):
+    def answer(handler):
+        asked.append(handler.path.partition("?")[0])
+        KeyServer.send(b'{"status": "ok", "messages": [], "id": "1-0", "complete": true}')(handler)
+
+    asked, provider.answer = [], answer
+    url = f"ws://127.0.0.1:{provider.server.server_port}{path}"
+    assert run("health", "--url", url)[0] == run("history", "a", "--url", url)[0] == 0
+    assert asked == [base + "health", base + "api/history", base + "api/history"]
 
 
 # philote token
