@@ -5995,7 +5995,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         pass
     except SettingsError as error:
-        print(error, file=sys.stderr)
+        _print_error(str(error))
         status = 2
     except (PhiloteError, OSError, ImportError) as error:
         where = isinstance(error, OSError) and "url" in parsed
@@ -6015,14 +6015,29 @@ def _print(text: str) -> None:
     try:
         print(text, flush=True)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the last flush of all
+        _discard(sys.stdout)
         if isinstance(error, BrokenPipeError):
             sys.exit(0)
         sys.exit(f"philote: cannot write: {error.strerror}")
 
 
+def _print_error(text: str) -> None:
+    # That nobody takes it is no reason to end. Where there is no standard error, print() would take
+    # standard output instead.
+    try:
+        if sys.stderr:
+            print(text, file=sys.stderr)
+    except OSError:
+        _discard(sys.stderr)
+
+
+def _discard(stream: Any) -> None:
+    # What could not be written is still buffered; Python tries once more when it ends.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
 def _tell(text: str) -> None:
-    print(f"philote: {_on_one_line(text)}", file=sys.stderr)
+    _print_error(f"philote: {_on_one_line(text)}")
 
 
 def _without_token(url: str) -> str:
@@ -6301,13 +6316,13 @@ def _token(arguments: argparse.Namespace) -> int:
     try:
         key = Keyring(_token_settings()).decode(token)
     except TokenError as error:
-        print(f"refused: {error}")
+        _print(f"refused: {error}")
         return 1
     until = "for ever" if key.expires is None else time.strftime(
         "until %Y-%m-%d %H:%M:%S UTC", time.gmtime(key.expires))
-    print(f"valid {until}; read: {', '.join(sorted(key.read)) or 'nothing'}; "
-          f"write: {', '.join(sorted(key.write)) or 'nothing'}; api: {'yes' if key.api else 'no'}"
-          + (f"; user: {_on_one_line(key.user)}" if key.user else ""))
+    _print(f"valid {until}; read: {', '.join(sorted(key.read)) or 'nothing'}; "
+           f"write: {', '.join(sorted(key.write)) or 'nothing'}; api: {'yes' if key.api else 'no'}"
+           + (f"; user: {_on_one_line(key.user)}" if key.user else ""))
     return 0
 
 

@@ -7082,11 +7082,21 @@ def test_subscribe_ends_with_0_on_sigint(server, is_there):
         not os.path.exists("/dev/full"), reason="no /dev/full here"))])
 def test_commands_end_when_nobody_takes_their_output(server, writer, open_output, status, reason):
     with open_output() as output, Command("token", "--read", "a", stdout=output) as token, \
+            Command("token", "--check", GOOD, stdout=output, SECRET=SECRET) as check, \
             subscribing(server, "a", stdout=output) as subscribe:
         writer.publish("a", "x")
-        for command in token, subscribe:
+        for command in token, check, subscribe:
             done = command.end()
             assert done[0] == status and len(command.err) == status and reason in done[2], done
+
+
+@pytest.mark.parametrize("redirection", ["2>&-", pytest.param(
+    "2>/dev/full", marks=pytest.mark.skipif(
+        not os.path.exists("/dev/full"), reason="no /dev/full here"))])
+def test_what_nobody_takes_of_standard_error_ends_nothing_and_is_no_output(server, redirection):
+    launcher = "sh", "-c", f'exec "$@" {redirection}', "sh", *SCRIPT
+    assert prints(server, ["x"], "--count", "1", launcher=launcher) == (0, "x\n", "")
+    assert run("serve", launcher=launcher, PORT="x") == (2, "", "")
 
 
 # philote publish
