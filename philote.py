@@ -5921,20 +5921,6 @@ def _parse_names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
 
 
-def _add_token_options(parser: argparse.ArgumentParser) -> None:
-    option = parser.add_argument
-    for right in "read", "write":
-        option(f"--{right}", type=_parse_names, default=[], metavar="A,B",
-               help=f"channels that it may {right}; chat.* is all that begin with chat.")
-    option("--expires", type=_parse_duration, metavar="1h",
-           help="how long it is valid (default: for ever)")
-    option("--api", action="store_true",
-           help="also open /api/info and /metrics, and let its bearer end connections")
-    option("--user", default="", metavar="NAME", help="who bears it, as other clients are told")
-    option("--check", metavar="TOKEN",
-           help="say what a token allows instead; - reads it from standard input")
-
-
 def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="philote", description="WebSocket publish/subscribe server, and the tools for it.",
@@ -5953,34 +5939,53 @@ def _make_parser() -> argparse.ArgumentParser:
 
     add("serve", _serve, "serve; what philote does without a command")
     add("check", _check, "say what serve would do with these settings, and whether it could")
-    health = add("health", _health, "ask a server whether it serves")
-    health.add_argument(
-        "--url", type=_parse_url,
-        default=os.environ.get("PHILOTE_URL", f"ws://localhost:{os.environ.get('PORT', 6380)}"),
-        help="server (default: PHILOTE_URL, or ws://localhost with PORT, or 6380)")
+    _add_url(add("health", _health, "ask a server whether it serves"),
+             f"ws://localhost:{os.environ.get('PORT', 6380)}", "ws://localhost with PORT, or 6380")
     _add_token_options(add("token", _token, "print a token signed with SECRET, or check one"))
     subscribe = add("subscribe", _subscribe, "print the messages of channels, a line each")
     subscribe.add_argument("--count", type=_parse_count, metavar="N", help="end after N messages")
     history = add("history", _history, "print the messages of channels that the server has kept")
     for command in subscribe, history:
-        command.add_argument("channels", nargs="+", metavar="CHANNEL")
-        command.add_argument("--json", action="store_true", help="print whole messages as JSON")
-        command.add_argument("--since", metavar="10m", help="begin with what is kept of that time, "
-                             "or behind the message with this id")
-        command.add_argument("--last", type=int, metavar="N", help="begin with the last N messages "
-                             "of each channel, or where the id of --since is no longer kept")
+        _add_reading_options(command)
     publish = add(
         "publish", _publish, "publish a message, or a message for each line of standard input")
     publish.add_argument("channel", metavar="CHANNEL")
     publish.add_argument("data", nargs="?", metavar="DATA")
     for command in subscribe, history, publish:
-        command.add_argument(
-            "--url", type=_parse_url, default=os.environ.get("PHILOTE_URL", "ws://localhost:6380"),
-            help="server (default: PHILOTE_URL, or ws://localhost:6380)")
+        _add_url(command, "ws://localhost:6380", "ws://localhost:6380")
         command.add_argument(
             "--token", default=os.environ.get("PHILOTE_TOKEN"),
             help="token (default: PHILOTE_TOKEN, or one made on the spot with SECRET)")
     return parser
+
+
+def _add_url(command: argparse.ArgumentParser, default: str, default_shown: str) -> None:
+    command.add_argument("--url", type=_parse_url, default=os.environ.get("PHILOTE_URL", default),
+                         help=f"server (default: PHILOTE_URL, or {default_shown})")
+
+
+def _add_token_options(command: argparse.ArgumentParser) -> None:
+    option = command.add_argument
+    for right in "read", "write":
+        option(f"--{right}", type=_parse_names, default=[], metavar="A,B",
+               help=f"channels that it may {right}; chat.* is all that begin with chat.")
+    option("--expires", type=_parse_duration, metavar="1h",
+           help="how long it is valid (default: for ever)")
+    option("--api", action="store_true",
+           help="also open /api/info and /metrics, and let its bearer end connections")
+    option("--user", default="", metavar="NAME", help="who bears it, as other clients are told")
+    option("--check", metavar="TOKEN",
+           help="say what a token allows instead; - reads it from standard input")
+
+
+def _add_reading_options(command: argparse.ArgumentParser) -> None:
+    option = command.add_argument
+    option("channels", nargs="+", metavar="CHANNEL")
+    option("--json", action="store_true", help="print whole messages as JSON")
+    option("--since", metavar="10m", help="begin with what is kept of that time, or behind the "
+           "message with this id")
+    option("--last", type=int, metavar="N", help="begin with the last N messages of each channel, "
+           "or where the id of --since is no longer kept")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -6166,14 +6171,13 @@ def _find_warnings(settings: Settings) -> Iterator[str]:
 def _raise_descriptor_limit(settings: Settings) -> None:
     needed = settings.max_connections + settings.max_pending + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < needed:
-        if hard == resource.RLIM_INFINITY or hard >= needed:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
-        else:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-            log.warning(
-                "MAX_CONNECTIONS=%d needs %d descriptors, and the system allows %d (ulimit -n)",
-                settings.max_connections, needed, hard)
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed < needed:
+        log.warning("MAX_CONNECTIONS=%d needs %d descriptors, and the system allows %d (ulimit -n)",
+                    settings.max_connections, needed, allowed)
 
 
 # philote check, philote health
