@@ -5141,8 +5141,8 @@ class Client:
                  channels: Iterable[str] | None = None, since: str | None = None,
                  last: int | None = None, reconnect: bool = True) -> None:
         self._url, self._token, self._reconnect = split_url(url), token, reconnect
-        self._past = {"since": since or ("now" if reconnect and last is None else None),
-                      "last": last}
+        self._past = _given(
+            since=since or ("now" if reconnect and last is None else None), last=last)
         self._changed = threading.Condition()  # guards all below
         self._channels = None if channels is None else Names(channels)  # None: all that may be read
         self._received: collections.deque[tuple[Message | Gap, int]] = collections.deque()
@@ -5207,9 +5207,7 @@ class Client:
 
         Raises Forbidden, and then joins none of them.
         """
-        past = {name: value for name, value in (("since", since), ("last", last))
-                if value is not None}
-        self._await(self._ask({"subscribe": [*channels], **past}, True))
+        self._await(self._ask({"subscribe": [*channels], **_given(since=since, last=last)}, True))
 
     def unsubscribe(self, *channels: str) -> None:
         """Leave channels or patterns; nothing of them comes behind it."""
@@ -5285,7 +5283,7 @@ class Client:
         # acknowledged, an answer.
         progress, end = None, 0.0
         while condition():
-            before, progress = progress, (self._link, self._link.taken(), len(self._requests))
+            before, progress = progress, (self._link, self._link.sock.taken(), len(self._requests))
             if progress != before:
                 end = time.monotonic() + _ANSWER_TIME
             elif time.monotonic() > end:
@@ -5356,10 +5354,8 @@ class Client:
         """Called when it is lost, or cannot be had, and is tried again after so many seconds."""
 
     def _connect(self) -> _Link:
-        past = {name: value for name, value in (
-            {"since": self._position} if self._position else self._past).items()
-            if value is not None}
-        parameters = [(name, str(value)) for name, value in past.items()]
+        past = {"since": self._position} if self._position else self._past
+        parameters = [*past.items()]
         later: list[str] = []
         for name in sorted(self._channels or ()):
             parameters.append(("channel", name))
@@ -5371,24 +5367,22 @@ class Client:
             if error.status != 401 or not callable(self._token):
                 raise
             link = self._open(parameters)  # with another token
-        if past:
-            try:
-                link.patience = _ANSWER_TIME
-                self._begin(link, json.loads(next(link.texts)), past, later)
-            except StopIteration:
-                link.abort()
+        if not past:
+            return link
+        try:
+            link.patience = _ANSWER_TIME
+            self._begin(link, json.loads(next(link.texts)), past, later)
+        except BaseException as error:
+            link.abort()
+            if isinstance(error, StopIteration):
                 raise ConnectionClosed(link.code, link.reason) from None
-            except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError,
-                    RecursionError):
-                link.abort()
+            if isinstance(error, _NO_PHILOTE):
                 raise PhiloteError("the server does not know of positions; reconnect=False does "
                                    "without them") from None
-            except BaseException:
-                link.abort()
-                raise
+            raise
         return link
 
-    def _open(self, parameters: Sequence[tuple[str, str]]) -> _Link:
+    def _open(self, parameters: Sequence[tuple[str, Any]]) -> _Link:
         token = self._token() if callable(self._token) else self._token
         return _Link(self._url, token, parameters, self.max_message_size)
 
@@ -5441,8 +5435,7 @@ class Client:
                         self._take(link, json.loads(text), len(text))
                 except (OSError, ProtocolError):
                     pass
-                except (ValueError, TypeError, AttributeError, LookupError, RecursionError,
-                        MemoryError) as error:
+                except (*_NO_PHILOTE, MemoryError) as error:
                     log.debug("closed after what no Philote server sends: %s", type(error).__name__)
                     link.code = 1006
                 link.abort()
@@ -5457,10 +5450,7 @@ class Client:
     def _come_back(self, error: PhiloteError | OSError) -> _Link | None:
         # What the server got of the lost connection it has to have read when we come back.
         pause, least = _FIRST_PAUSE, _FIRST_PAUSE if self._unanswered() else 0
-        code = getattr(error, "code", 0)
-        going_on = self._reconnect and code not in _FINAL and (
-            code not in (EXPIRED, ENDED) or callable(self._token))
-        while going_on and not self._closing:
+        while self._reconnect and not self._closing and not self._is_final(error):
             wait = max(random.uniform(0, pause), least)
             self.on_disconnect(error, wait)
             with self._changed:
@@ -5469,8 +5459,6 @@ class Client:
             try:
                 link = self._connect()
             except (PhiloteError, OSError) as again:
-                going_on = isinstance(again, (OSError, ConnectionClosed)) or (
-                    isinstance(again, Unauthorized) and again.status >= 500)
                 error, pause = again, min(2 * pause, _LAST_PAUSE)
                 continue
             if self._closing:
@@ -5479,9 +5467,20 @@ class Client:
                 self.on_connect()
             return link
         with self._changed:
-            self._outcome_known |= self._closing and code == CloseReason.NORMAL_CLOSURE
+            # The server answers our close once it has read all that stands before it.
+            self._outcome_known |= (
+                self._closing and getattr(error, "code", 0) == CloseReason.NORMAL_CLOSURE)
             self._end = error
         return None
+
+    def _is_final(self, error: PhiloteError | OSError) -> bool:
+        # Whether another attempt would meet it again.
+        if isinstance(error, ConnectionClosed):
+            return error.code in _FINAL or (
+                error.code in (EXPIRED, ENDED) and not callable(self._token))
+        if isinstance(error, Unauthorized):
+            return error.status < 500
+        return isinstance(error, PhiloteError)
 
     def _take(self, link: _Link, value: dict[str, Any], size: int) -> None:
         with self._changed:
@@ -5689,9 +5688,8 @@ class _Link:
         while True:
             for event in self.protocol.events():
                 if isinstance(event, wsproto.events.TextMessage):
-                    parts.append(event.data)
-                    size += len(event.data)
-                    if size > self.max_message_size:
+                    text.write(event.data)
+                    if text.tell() > self.max_message_size:
                         self.code = CloseReason.MESSAGE_TOO_BIG
                         return
                     if event.message_finished:
@@ -5751,12 +5749,8 @@ def _dial(url: urllib.parse.SplitResult, port: int) -> socket.socket:
 def _connect_to(url: urllib.parse.SplitResult) -> Transport:
     if url.scheme != "wss":
         return Transport(_dial(url, 80))
-    sock = _dial(url, 443)
-    try:
-        return TLSTransport(sock, ssl.create_default_context(), url.hostname)
-    except BaseException:
-        sock.close()
-        raise
+    context = ssl.create_default_context()
+    return TLSTransport(_dial(url, 443), context, url.hostname)
 
 
 class _ClientSocket:
@@ -5773,8 +5767,6 @@ class _ClientSocket:
         self.sent = 0  # bytes
         self.waiting = 0  # threads
         self.aborted = False
-        self.head = b""  # of the answer to the opening handshake
-        self.rest = b""  # what was read behind it
 
     def shake_hands(self) -> None:
         """Let TLS begin, where the server shall speak it."""
@@ -5789,27 +5781,10 @@ class _ClientSocket:
 
     def recv(self) -> bytes:
         """Read what there is. Raises OSError, at the end too."""
-        data, self.rest = self.rest, b""
-        return data or self._receive()
-
-    def read_head(self) -> bytes:
-        """Read the answer to the opening handshake. What comes behind it is kept for recv()."""
-        data = b""
-        while (end := data.find(b"\r\n\r\n")) < 0:
-            if len(data) > MAX_HEAD_SIZE:
-                raise ValueError("its answer does not end")
-            data += self._receive()
-        self.head, self.rest = data[:end + 4], data[end + 4:]
-        return self.head
-
-    def read_reason(self) -> str:
-        """Read why a server refused us, if it says so as Philote does."""
-        length = re.search(rb"(?i)\r\ncontent-length: *([0-9]{1,4})\r\n", self.head)
-        with contextlib.suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
-            while length and len(self.rest) < int(length[1]):
-                self.rest += self._receive()
-            return str(json.loads(self.rest)["reason"])
-        return "the server refused the connection"
+        data: bytes = self._call(self.transport.receive, _FULL_READ, select.POLLIN, self.deadline)
+        if not data:
+            raise ConnectionResetError("the server closed the connection")
+        return data
 
     def taken(self) -> int:
         """How many of our bytes the server has taken so far."""
@@ -5837,37 +5812,27 @@ class _ClientSocket:
                 self.sent += sent
             view = view[sent:]
 
-    def _receive(self) -> bytes:
-        data: bytes = self._call(self.transport.receive, _FULL_READ, select.POLLIN, self.deadline)
-        if not data:
-            raise ConnectionResetError("the server closed the connection")
-        return data
-
     def _call(self, call: Callable[[Any], Any], argument: Any, event: int, deadline: float) -> Any:
+        # Until it has done something: the transport's methods return nothing where the socket is
+        # not ready, and b"" at the end.
         while True:
             with self.calling:
                 if self.aborted:  # and perhaps closed: its descriptor may be another's
                     raise ConnectionAbortedError("the connection was closed")
                 if (done := call(argument)) or done == b"":
                     return done
-            self._wait(event, deadline)
-
-    def _wait(self, event: int, deadline: float) -> None:
-        poll = select.poll()
-        with self.calling:
-            if self.aborted:
-                raise ConnectionAbortedError("the connection was closed")
-            poll.register(self.transport.sock, event)
-            self.waiting += 1
-        try:
-            left = deadline - time.monotonic()
-            if not poll.poll(None if left == math.inf else max(0, 1000 * left)):
-                raise TimeoutError("the server does not answer")
-        finally:
-            with self.calling:
-                self.waiting -= 1
-                if self.aborted and not self.waiting:
-                    self.transport.close()
+                self.waiting += 1
+            try:
+                poll = select.poll()
+                poll.register(self.transport.sock, event)
+                left = deadline - time.monotonic()
+                if not poll.poll(None if left == math.inf else max(0, 1000 * left)):
+                    raise TimeoutError("the server does not answer")
+            finally:
+                with self.calling:
+                    self.waiting -= 1
+                    if self.aborted and not self.waiting:
+                        self.transport.close()
 
 
 # ------------------------------------------------------------------------------------- command line
