@@ -5015,9 +5015,13 @@ def _tell_error(error: Exception) -> str:
 
 
 # ------------------------------------------------------------------------------------------- client
-# For Python programs, and for the commands below. wsproto runs the protocol, in a thread that
-# reads, and comes back when the connection is lost. A server is not trusted: what it sends is
-# bounded in time and size.
+# For Python programs, and for the commands below. With the server it shares code, such as the
+# transports, and no state. wsproto makes the frames and takes them apart. A server is not trusted:
+# what it sends is bounded in time and size.
+#
+#     Client          what is asked and answered, what waits to be received; comes back after a cut
+#     _Link           one connection: the handshake, messages, pings, the close
+#     _ClientSocket   its bytes: waits that have an end, and that abort() ends
 #
 # Coming back. The client holds one position, the highest id that it was sent, of all channels. It
 # asks for what is behind that. Each message that it publishes carries a ref, and stays in _requests
@@ -5032,18 +5036,21 @@ def _tell_error(error: Exception) -> str:
 # So others get a message twice only where our token may not read its channel, where the history
 # does not reach back, or where the old connection's bytes reach the server behind step 3.
 #
-# The threads: philote-client reads; what is sent at steps 2 and 4, and the close, is sent by
-# others, for a server in a replay reads nothing until we have read. The locks, in the order in
-# which they may be taken: Client._asking, Client._changed (nothing is sent under it),
-# _Link.sending, _ClientSocket.calling.
+# The threads. Each caller sends what it asks for by itself; philote-client reads, and connects
+# again. The reader must not wait for a send: a server in a replay reads nothing until we have read,
+# so both would wait for ever. What is to be sent in answer to what was read - steps 2 and 4, a
+# pong, a close - is sent by a short-lived thread, see _send_aside().
+#
+# The locks, in the order in which they may be taken: Client._asking, Client._changed (nothing is
+# sent under it), _Link.sending, _ClientSocket.calling.
 
 _ANSWER_TIME = 10  # seconds without progress, after which a server will not answer
 _FIRST_PAUSE, _LAST_PAUSE = 0.5, 20  # seconds; a client comes back after a random part of them
 _MOST_ASKED = 1000  # messages that may wait for the server's answer, and
-_MOST_SIZE = 1 << 24  # characters of these
-_MOST_CHANNELS = 1000  # by which it is known what was acknowledged, before old ones are dropped
+_MOST_SIZE = 1 << 24  # characters of these, in JSON
+_MOST_CHANNELS = 1000  # for which the last id of ours is kept, before old ones are dropped
 _MOST_RECEIVED = 1 << 26  # characters that may wait to be received
-_LONGEST_QUERY = 4000  # characters; more channels than fit there are joined later
+_LONGEST_QUERY = 4000  # characters, half of what proxies take; the other channels are joined later
 _CHECK, _CAUGHT_UP = "check", "caught up"  # refs of what a client asks on its own account
 # What decoding and walking through an answer raises, where it is not what a Philote server says.
 _NO_PHILOTE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
@@ -5087,7 +5094,7 @@ class ConnectionClosed(PhiloteError):
 
 
 class _Request:
-    """What the server answers with the ref that it was given. Guarded by the client's lock."""
+    """What was asked of the server, which answers with its ref. Guarded by the client's lock."""
 
     def __init__(self, value: dict[str, Any], awaited: bool) -> None:
         self.value = value
@@ -5096,11 +5103,13 @@ class _Request:
         self.awaited = awaited  # whether somebody waits for the answer
         self.link: _Link | None = None  # the connection that it was sent on last
         self.answer: dict[str, Any] | PhiloteError | None = None
-        self.brought: set[str] = set()  # ids of messages, where it may have to be sent again
+        # Of a subscription: ids of messages that came before its answer. Sent again, it brings them
+        # again.
+        self.brought: set[str] = set()
 
     @functools.cached_property
     def data(self) -> str:
-        """What a message's data is like when it comes back: the server leaves out null."""
+        """A message's data, as it is when it comes back: the server leaves out null."""
         data = json.loads(self.text).get("data")
         return json.dumps("" if data is None else data)
 
@@ -5141,6 +5150,7 @@ class Client:
                  channels: Iterable[str] | None = None, since: str | None = None,
                  last: int | None = None, reconnect: bool = True) -> None:
         self._url, self._token, self._reconnect = split_url(url), token, reconnect
+        # What the first connection asks for. To come back, one needs positions from the beginning.
         self._past = _given(
             since=since or ("now" if reconnect and last is None else None), last=last)
         self._changed = threading.Condition()  # guards all below
@@ -5154,13 +5164,14 @@ class Client:
         self._refs = map(str, itertools.count(1))
         self._position = ""
         self._issuers: collections.deque[str] = collections.deque(maxlen=100)  # that we were
-        # By channel: the highest id that a message of ours is known to have; the channels may be
-        # looked through one after the other. For all that are not there, the id below.
+        # Which of our messages in a replay answer nothing any more: by channel, the highest id that
+        # one of ours is known to have. Not one id for all, for the channels of step 2 are replayed
+        # one after the other. For channels that are not there, the id below.
         self._acknowledged: dict[str, tuple[int, int]] = {}
         self._all_acknowledged = (0, 0)
         self._caught_up = True  # whether a request is sent at once, or behind those before it
-        # Where to look for messages of ours, while that is not done: a connection that was cut
-        # before may have brought us further.
+        # The position from which step 2 looks for messages of ours, until it is done. Where a cut
+        # comes before, `_position` may have moved on, past some that were not seen.
         self._unchecked = ""
         self._closing = False
         self._end: Exception | None = None
@@ -5183,7 +5194,9 @@ class Client:
     def publish(self, channel: str, data: Any, wait: bool = False) -> str | None:
         """Send a message, whose data is any JSON value; with `wait` returns its id.
 
-        Raises ConnectionClosed, and Forbidden: with `wait` for this message, else for one before.
+        A client that comes back keeps it until the server has answered, and waits here while that
+        is so of 1,000 messages, or of 16 MB of JSON. Raises ConnectionClosed; Forbidden, with
+        `wait` for this message, else for one before; TypeError or ValueError for what is no JSON.
         """
         self._raise_refusal()
         value = {"channel": channel, "data": data}
@@ -5194,7 +5207,7 @@ class Client:
             if not self._closing:
                 self._outcome_known = False
         try:
-            self._link.send_text(json.dumps(value))
+            self._link.send_text(json.dumps(value, allow_nan=False))
         except (OSError, ProtocolError):  # the latter where the server has said that it closes
             self._thread.join(CLOSING_TIME)  # it knows why
             self._raise_refusal()
@@ -5203,14 +5216,18 @@ class Client:
         return None
 
     def subscribe(self, *channels: str, since: str | None = None, last: int | None = None) -> None:
-        """Join channels or patterns; what is asked for of the past is received when it returns.
+        """Join channels or patterns, and wait for the server's answer.
 
-        Raises Forbidden, and then joins none of them.
+        What `since` and `last` ask for of the past (see Client) waits for receive() by then. Raises
+        ConnectionClosed, and Forbidden: then none of them is joined.
         """
         self._await(self._ask({"subscribe": [*channels], **_given(since=since, last=last)}, True))
 
     def unsubscribe(self, *channels: str) -> None:
-        """Leave channels or patterns; nothing of them comes behind it."""
+        """Leave channels or patterns, and wait for the server's answer.
+
+        Nothing of them comes behind it; what came before still waits for receive().
+        """
         self._await(self._ask({"unsubscribe": [*channels]}, True))
 
     def receive(self, timeout: float | None = None) -> Message | None:
@@ -5244,7 +5261,11 @@ class Client:
                 yield message
 
     def close(self) -> None:
-        """End the connection, once the server has read all that was published."""
+        """End the connection, once the server has read all that was published.
+
+        Waits for that while there is progress, and gives up after 10 seconds without. Raises
+        ConnectionClosed or OSError where a message may be lost, Forbidden where one was refused.
+        """
         self._wait_while(lambda: bool(self._unanswered()) and not self._end)
         end = self._end
         self._close()
@@ -5280,7 +5301,8 @@ class Client:
 
     def _wait_while(self, condition: Callable[[], bool]) -> None:
         # For as long as the server makes progress: a new connection, bytes that its system has
-        # acknowledged, an answer.
+        # acknowledged, an answer. The second wakes nobody, so all are looked for 50 times a second;
+        # join() is the pause between.
         progress, end = None, 0.0
         while condition():
             before, progress = progress, (self._link, self._link.sock.taken(), len(self._requests))
@@ -5348,10 +5370,13 @@ class Client:
     # The reader's thread, and connecting in that of the caller at first
 
     def on_connect(self) -> None:
-        """Called when the connection is there again; does nothing, to be overridden."""
+        """Called when the connection is there again; does nothing, to be overridden.
+
+        By the thread that reads: it reads no more before this returns, which must not call close().
+        """
 
     def on_disconnect(self, error: Exception, pause: float) -> None:
-        """Called when it is lost, or cannot be had, and is tried again after so many seconds."""
+        """Called when it is lost, or cannot be had, and is tried again after `pause` seconds."""
 
     def _connect(self) -> _Link:
         past = {"since": self._position} if self._position else self._past
@@ -5633,7 +5658,7 @@ def _bearer(token: str) -> str:
 
 
 class _Link:
-    """One connection to a server. Read by one thread; any may send."""
+    """One connection to a server, which has let us in. Read by one thread; any may send."""
 
     channels = Names()  # that the server joined at the beginning
     patience = math.inf  # seconds that the server may be silent
@@ -5647,7 +5672,9 @@ class _Link:
         self.pong = wsproto.events.Pong()  # the answer to the last ping; the reader's
         self.ponging = threading.Lock()  # held while a thread is about to send that
         self.sock = _ClientSocket(_connect_to(url))
-        self.texts = self._read_texts()  # messages to the end of the connection; raises OSError
+        # Messages, to the end of the connection. A generator: it reads while somebody asks for the
+        # next. Raises OSError, ProtocolError.
+        self.texts = self._read_texts()
         try:
             self.sock.shake_hands()
             self._shake_hands(url, token, parameters)
@@ -5756,13 +5783,17 @@ def _connect_to(url: urllib.parse.SplitResult) -> Transport:
 class _ClientSocket:
     """A connection that one thread may read while another writes; each wait for it has an end.
 
-    No thread is ever inside a call of the transport for long: they wait outside.
+    Why not a blocking socket: a TLS object may be in use by one thread at a time, a socket's
+    timeout is for each call and not for a whole answer that drips in, and there is but one for
+    reading and writing. So no call blocks, each is made under one lock, and threads wait outside of
+    it, in poll(), which abort() wakes.
     """
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
         self.transport.sock.setblocking(False)
-        self.deadline = time.monotonic() + _ANSWER_TIME  # for the next read; the reader's
+        # Until when recv() waits: at first for the whole handshake, then as its reader says.
+        self.deadline = time.monotonic() + _ANSWER_TIME
         self.calling = threading.Lock()  # guards the transport and the next three
         self.sent = 0  # bytes
         self.waiting = 0  # threads
@@ -5838,6 +5869,11 @@ class _ClientSocket:
 # ------------------------------------------------------------------------------------- command line
 # philote [serve], philote check, philote health, philote token, philote subscribe, philote history,
 # philote publish.
+#
+# Each command is a function from its arguments to its exit status: 0 where all went well, or where
+# SIGINT ended it; 1 where it failed; 2 where its arguments or settings are not allowed. Standard
+# output is for what other programs read: a token, messages, a line each. All else is told on
+# standard error, errors in words and not as a traceback.
 
 _EXAMPLES = {
     "": "example, in three terminals:\n  philote serve\n  philote subscribe news\n"
@@ -5957,13 +5993,14 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its status."""
     parsed = _make_parser().parse_args(arguments)
     for stream, errors in (sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace"):
+        # Bytes that are no text in the locale's encoding, and text that it has no bytes for, are no
+        # reason to end.
         if isinstance(stream, io.TextIOWrapper):  # there may be none
             stream.reconfigure(errors=errors)
-    status = 0
     try:
         status = parsed.command(parsed)
     except KeyboardInterrupt:
-        pass
+        status = 0
     except SettingsError as error:
         _print_error(str(error))
         status = 2
@@ -5986,9 +6023,8 @@ def _print(text: str) -> None:
         print(text, flush=True)
     except OSError as error:
         _discard(sys.stdout)
-        if isinstance(error, BrokenPipeError):
-            sys.exit(0)
-        sys.exit(f"philote: cannot write: {error.strerror}")
+        sys.exit(0 if isinstance(error, BrokenPipeError)
+                 else f"philote: cannot write: {error.strerror}")
 
 
 def _print_error(text: str) -> None:
@@ -6134,6 +6170,7 @@ def _find_warnings(settings: Settings) -> Iterator[str]:
 
 
 def _raise_descriptor_limit(settings: Settings) -> None:
+    # Each connection takes a descriptor; most systems begin with 1,024, and allow more to who asks.
     needed = settings.max_connections + settings.max_pending + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
@@ -6208,7 +6245,7 @@ def _check_host(settings: Settings) -> None:
 
 
 def _health(arguments: argparse.Namespace) -> int:
-    def give_up(*_: object) -> NoReturn:
+    def give_up(*_: object) -> NoReturn:  # the answer as a whole, however its bytes drip
         raise TimeoutError("the server does not answer in time")
 
     signal.signal(signal.SIGALRM, give_up)
@@ -6233,6 +6270,9 @@ def _health(arguments: argparse.Namespace) -> int:
 
 
 class _UnixHTTPConnection(http.client.HTTPConnection):
+    # http.client connects again where the server has closed between two requests. To give it a
+    # connected socket would not do: the second request would go to localhost over TCP.
+
     def __init__(self, url: urllib.parse.SplitResult) -> None:
         super().__init__("localhost")
         self.url = url
@@ -6303,6 +6343,8 @@ class _Connection(Client):
     def __init__(self, arguments: argparse.Namespace, channels: Sequence[str],
                  writes: Sequence[str] = (), **options: Any) -> None:
         self.arguments = arguments
+        # Who publishes follows nothing. But its token may read the channel: so it sees, when it
+        # comes back, what of its own has arrived.
         try:
             super().__init__(arguments.url, _token_for(arguments, channels, writes),
                              channels=() if writes else channels, **options)
@@ -6392,7 +6434,9 @@ def _history(arguments: argparse.Namespace) -> int:
         except (http.client.HTTPException, *_NO_PHILOTE):
             raise PhiloteError("this is no Philote server that keeps messages") from None
 
-    _, end, _ = ask(since="now")  # there may always be more behind it
+    # Messages come in pages. The last is the one that reaches what is the end now: others may go on
+    # publishing faster than pages are fetched.
+    _, end, _ = ask(since="now")
     past = _given(since=arguments.since or None, last=arguments.last)
     while True:
         messages, position, complete = ask(**past)

@@ -6267,10 +6267,13 @@ def test_what_the_function_for_tokens_raises_ends_the_client(server, proxy):
 
 
 def test_what_is_no_json_is_raised_at_once(server):
-    with philote.Client(url_of(server), make_token(write=["a"])) as client:
+    with philote.Client(url_of(server), make_token(write=["a"])) as client, \
+            connect(server, write=["a"]) as plain:
         for data, error in ((float("nan"), ValueError), (object(), TypeError), ({1, 2}, TypeError)):
             with pytest.raises(error):
                 client.publish("a", data, wait=True)
+            with pytest.raises(error):
+                plain.publish("a", data)
         with pytest.raises(philote.Forbidden):
             client.publish("a*", 1, wait=True)
 
