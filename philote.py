@@ -5893,6 +5893,8 @@ _EXAMPLES = {
 
 
 class _Parser(argparse.ArgumentParser):
+    """One whose errors take one line, without the usage of the command."""
+
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
@@ -6325,13 +6327,14 @@ def _token(arguments: argparse.Namespace) -> int:
     try:
         key = Keyring(_token_settings()).decode(token)
     except TokenError as error:
-        _print(f"refused: {error}")
+        _print(_on_one_line(f"refused: {error}"))
         return 1
     until = "for ever" if key.expires is None else time.strftime(
         "until %Y-%m-%d %H:%M:%S UTC", time.gmtime(key.expires))
-    _print(f"valid {until}; read: {', '.join(sorted(key.read)) or 'nothing'}; "
-           f"write: {', '.join(sorted(key.write)) or 'nothing'}; api: {'yes' if key.api else 'no'}"
-           + (f"; user: {_on_one_line(key.user)}" if key.user else ""))
+    _print(_on_one_line(
+        f"valid {until}; read: {', '.join(sorted(key.read)) or 'nothing'}; "
+        f"write: {', '.join(sorted(key.write)) or 'nothing'}; api: {'yes' if key.api else 'no'}"
+        + (f"; user: {key.user}" if key.user else "")))
     return 0
 
 

@@ -6865,6 +6865,7 @@ def test_a_token_of_the_command_opens_the_server(secret):
 @pytest.mark.parametrize("claims, expected", [
     ({"read": ["b", "a"]}, "valid for ever; read: a, b; write: nothing; api: no"),
     ({"write": ["c"], "api": True}, "valid for ever; read: nothing; write: c; api: yes"),
+    ({"read": ["two\nlines"]}, "valid for ever; read: two\\nlines; write: nothing; api: no"),
     ({"exp": 4102444800}, "valid until 2100-01-01 00:00:00 UTC; read: nothing; write: nothing"),
     ({"exp": 4102444800.5}, "valid until 2100-01-01 00:00:00 UTC"),
     ({"exp": 2 ** 40}, "valid until"), ({"exp": 10 ** 18}, "valid "), ({"exp": 1e300}, "valid ")])
