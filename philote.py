@@ -6178,7 +6178,10 @@ def _raise_descriptor_limit(settings: Settings) -> None:
     if soft == resource.RLIM_INFINITY or soft >= needed:
         return
     allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    except (ValueError, OSError):  # macOS says "unlimited", and refuses more than its kernel has
+        allowed = soft
     if allowed < needed:
         log.warning("MAX_CONNECTIONS=%d needs %d descriptors, and the system allows %d (ulimit -n)",
                     settings.max_connections, needed, allowed)

@@ -6446,6 +6446,17 @@ def test_it_says_what_runs_where_and_how_and_warns_of_a_weak_secret(words, secre
     assert not secret or secret not in err
 
 
+def test_a_limit_that_is_none_and_cannot_be_raised_is_warned_of(monkeypatch, caplog):
+    def refuse(*_):
+        raise ValueError("current limit exceeds maximum limit")
+
+    limits = 256, philote.resource.RLIM_INFINITY
+    monkeypatch.setattr(philote.resource, "getrlimit", lambda _: limits)
+    monkeypatch.setattr(philote.resource, "setrlimit", refuse)
+    philote._raise_descriptor_limit(philote.Settings(max_connections=20_000))  # internal
+    assert "the system allows 256" in caplog.text
+
+
 def test_a_signal_that_comes_before_anybody_waits_for_it_ends_it_with_0():
     program = ("import os, philote, time\n"
                "philote._greet = lambda _: (os.kill(os.getpid(), 15), time.sleep(0.3))\n"
