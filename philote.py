@@ -5294,7 +5294,8 @@ class Client:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        _send_aside(self._link.send_close)
+        _send_aside(self._link.send_if_open, wsproto.events.CloseConnection(
+            CloseReason.NORMAL_CLOSURE))
         self._wait_while(self._thread.is_alive)
         self._link.abort()
         self._thread.join(_ANSWER_TIME)
@@ -5729,7 +5730,7 @@ class _Link:
                         _send_aside(self._send_pong)
                 elif isinstance(event, wsproto.events.CloseConnection):
                     self.code, self.reason = int(event.code), event.reason or ""
-                    _send_aside(self._send, event.response()).join(CLOSING_TIME)
+                    _send_aside(self.send_if_open, event.response()).join(CLOSING_TIME)
                     return
             self.sock.deadline = time.monotonic() + self.patience
             self.protocol.receive_data(self.sock.recv())
@@ -5739,11 +5740,8 @@ class _Link:
         with self.sending:
             self.sock.send(self.protocol.send(wsproto.events.TextMessage(text)))
 
-    def send_close(self) -> None:
-        """Begin the closing handshake."""
-        self._send(wsproto.events.CloseConnection(CloseReason.NORMAL_CLOSURE))
-
-    def _send(self, event: wsproto.events.Event) -> None:
+    def send_if_open(self, event: wsproto.events.Event) -> None:
+        """Send something else, unless the connection is closing or has ended."""
         with self.sending, contextlib.suppress(OSError, ProtocolError):
             self.sock.send(self.protocol.send(event))
 
@@ -6007,10 +6005,19 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         _print_error(str(error))
         status = 2
     except (PhiloteError, OSError, ImportError) as error:
-        where = isinstance(error, OSError) and "url" in parsed
-        _tell((f"{_without_token(parsed.url)}: " if where else "") + str(error))
+        _tell(_explain(error, parsed))
         status = 1
     sys.exit(status)
+
+
+def _explain(error: Exception, arguments: argparse.Namespace) -> str:
+    if (isinstance(error, Unauthorized) and error.status == 401 and not arguments.token
+            and not _token_settings().secret):
+        return ("SECRET is not set here, so the token was signed with an empty one, which is not "
+                "the server's; set it, or give --token (HTTP 401)")
+    if isinstance(error, OSError) and "url" in arguments:
+        return f"{_without_token(arguments.url)}: {error}"
+    return str(error)
 
 
 def _input() -> Any:
@@ -6255,47 +6262,35 @@ def _health(arguments: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(_ANSWER_TIME)
-    url = split_url(arguments.url)
-    connection = _open_http(url)
     try:
-        connection.request("GET", _path_beside(url, "health"))
-        response = connection.getresponse()
-        answer = json.loads(response.read(4096))
+        code, answer = _get(arguments, "health", 4096)
         status, reason = answer["status"], answer.get("reason", "")
     except OSError:  # of which some are a ValueError, too
         raise
     except (http.client.HTTPException, *_NO_PHILOTE):
         raise PhiloteError(f"{_without_token(arguments.url)} is no Philote server, or one that "
                            "speaks TLS (wss://)") from None
-    if response.status != 200:
-        raise PhiloteError(f"{_without_token(arguments.url)}: {status} (HTTP {response.status})"
+    if code != 200:
+        raise PhiloteError(f"{_without_token(arguments.url)}: {status} (HTTP {code})"
                            + f": {reason}" * bool(reason))
     _print(f"{_without_token(arguments.url)}: {_on_one_line(str(status))}")
     return 0
 
 
-class _UnixHTTPConnection(http.client.HTTPConnection):
-    # http.client connects again where the server has closed between two requests. To give it a
-    # connected socket would not do: the second request would go to localhost over TCP.
-
-    def __init__(self, url: urllib.parse.SplitResult) -> None:
-        super().__init__("localhost")
-        self.url = url
-
-    def connect(self) -> None:
-        self.sock = _dial(self.url, 0)
-
-
-def _path_beside(url: urllib.parse.SplitResult, name: str) -> str:
-    # As a browser finds it, for a proxy may have the server below a path: ws://host/chat/
-    return urllib.parse.urljoin(_path_of(url), name)
-
-
-def _open_http(url: urllib.parse.SplitResult) -> http.client.HTTPConnection:
-    if url.scheme == _WS_UNIX:
-        return _UnixHTTPConnection(url)
+def _get(arguments: argparse.Namespace, name: str, most: int | None = None,
+         token: str = "") -> tuple[int, Any]:
+    """Ask a server over HTTP: the status, and what its JSON says, of up to `most` bytes."""
+    url = split_url(arguments.url)
     kind = http.client.HTTPSConnection if url.scheme == "wss" else http.client.HTTPConnection
-    return kind(str(url.hostname), url.port, timeout=_ANSWER_TIME)
+    connection = kind(url.hostname or "localhost", url.port, timeout=_ANSWER_TIME)
+    with contextlib.closing(connection):
+        if url.scheme == _WS_UNIX:
+            connection.sock = _dial(url, 0)
+        # As a browser finds it: a proxy may have the server below a path, ws://host/chat/
+        connection.request("GET", urllib.parse.urljoin(_path_of(url), name),
+                           headers={"Authorization": _bearer(token)} if token else {})
+        response = connection.getresponse()
+        return response.status, json.loads(response.read(most))
 
 
 # philote token
@@ -6351,11 +6346,8 @@ class _Connection(Client):
         self.arguments = arguments
         # Who publishes follows nothing. But its token may read the channel: so it sees, when it
         # comes back, what of its own has arrived.
-        try:
-            super().__init__(arguments.url, _token_for(arguments, channels, writes),
-                             channels=() if writes else channels, **options)
-        except Unauthorized as error:
-            raise _explain(error, arguments) from None
+        super().__init__(arguments.url, arguments.token or _new_token(channels, writes),
+                         channels=() if writes else channels, **options)
 
     def on_connect(self) -> None:
         """Tell that it is there again."""
@@ -6368,18 +6360,6 @@ class _Connection(Client):
 
 def _tell_pause(arguments: argparse.Namespace, error: Exception, seconds: float) -> None:
     _tell(f"{_without_token(arguments.url)}: {error}; trying again in {seconds:.2f} seconds")
-
-
-def _token_for(arguments: argparse.Namespace, read: Sequence[str],
-               write: Sequence[str] = ()) -> str:
-    return arguments.token or _new_token(read, write)
-
-
-def _explain(error: Unauthorized, arguments: argparse.Namespace) -> Unauthorized:
-    if error.status == 401 and not arguments.token and not _token_settings().secret:
-        return Unauthorized(401, "SECRET is not set here, so the token was signed with an empty "
-                            "one, which is not the server's; set it, or give --token")
-    return error
 
 
 def _show(message: Message, as_json: bool) -> None:
@@ -6419,19 +6399,14 @@ def _subscribe(arguments: argparse.Namespace) -> int:
 
 
 def _history(arguments: argparse.Namespace) -> int:
-    url = split_url(arguments.url)
-    connection = _open_http(url)
-
     def ask(**past: Any) -> tuple[list[Message], tuple[int, int], bool]:
         query = urllib.parse.urlencode(
             {"channel": arguments.channels, **_given(**past)}, doseq=True)
-        headers = {"Authorization": _bearer(_token_for(arguments, arguments.channels))}
+        token = arguments.token or _new_token(arguments.channels)
         try:
-            connection.request("GET", _path_beside(url, "api/history?" + query), headers=headers)
-            response = connection.getresponse()
-            value = json.loads(response.read())
-            if response.status != 200:
-                raise _explain(Unauthorized(response.status, str(value["reason"])), arguments)
+            status, value = _get(arguments, "api/history?" + query, token=token)
+            if status != 200:
+                raise Unauthorized(status, str(value["reason"]))
             return ([Message(*(message.get(name, "") for name in Message._fields))
                      for message in value["messages"]],
                     _as_numbers(value["id"]), value["complete"])
