@@ -5671,7 +5671,8 @@ class _Link:
         self.protocol = wsproto.WSConnection(ConnectionType.CLIENT)
         self.sending = threading.Lock()  # keeps a frame whole; guards what sends in `protocol`
         self.pong = wsproto.events.Pong()  # the answer to the last ping; the reader's
-        self.ponging = threading.Lock()  # held while a thread is about to send that
+        # Held from when a thread is started to send a pong until it looks which is the last.
+        self.ponging = threading.Lock()
         self.sock = _ClientSocket(_connect_to(url))
         # Messages, to the end of the connection. A generator: it reads while somebody asks for the
         # next. Raises OSError, ProtocolError.
@@ -5730,6 +5731,7 @@ class _Link:
                         _send_aside(self._send_pong)
                 elif isinstance(event, wsproto.events.CloseConnection):
                     self.code, self.reason = int(event.code), event.reason or ""
+                    # The end of the connection, which follows, would cut it off.
                     _send_aside(self.send_if_open, event.response()).join(CLOSING_TIME)
                     return
             self.sock.deadline = time.monotonic() + self.patience
@@ -5747,7 +5749,7 @@ class _Link:
 
     def _send_pong(self) -> None:
         with self.sending, contextlib.suppress(OSError, ProtocolError):
-            self.ponging.release()  # who sees this after he has set another pong, starts a thread
+            self.ponging.release()  # first: a pong that is set behind the look needs a new thread
             self.sock.send(self.protocol.send(self.pong))
 
     def abort(self) -> None:
