@@ -48,7 +48,7 @@ The threads, and what each may wait for:
     log         BackgroundHandler: the only thread that waits for standard error.
     keys        Provider._run, while it fetches the keys of an identity provider.
 
-The client, which shares nothing with the server, has its own threads and locks; see there.
+The client shares no state with the server. It has threads and locks of its own; see there.
 
 The locks, in the order in which they may be taken while another is held:
 
