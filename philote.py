@@ -3670,39 +3670,34 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/1\.([01])" % _TOKEN)
 _FIELD = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
 _HOST_FIELD = re.compile(r"[][A-Za-z0-9._~!$&'()*+;=%:-]{1,255}")
+_NONCE = re.compile("[A-Za-z0-9+/]{22}==")  # 16 bytes in base64
 _CLOSE = {"Connection": "close"}
 _UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}
 _JSON = {"Content-Type": "application/json"}
 _RETRY = {"Retry-After": "5"}
 
 
-class Subscription(NamedTuple):
-    """What a connection becomes behind the head of a response."""
-
-    kind: Callable[[Connection, AccessKey, Names, Past, bytes], Subscriber]
-    key: AccessKey
-    channels: Names
-    past: Past
-
-
 class Response(NamedTuple):
-    """What a request is answered."""
+    """What a request is answered, and what the connection becomes behind that, if anything."""
 
     status: int
     body: bytes = b""
     headers: Mapping[str, str] = {}
-    subscription: Subscription | None = None
+    subscriber: Subscriber | None = None
 
-    def encode(self, whole: bool = True) -> bytes:
-        """Encode it; a response that is not `whole` goes on until the connection ends."""
+    def encode(self, whole: bool = True, head_only: bool = False) -> bytes:
+        """Encode it; a response that is not `whole` goes on until the connection ends.
+
+        The answer to HEAD, `head_only`, tells the length of the body that GET would bring.
+        """
         lines = [f"HTTP/1.1 {self.status} {http.HTTPStatus(self.status).phrase}"]
         if self.status != 101:
             lines.append(f"Date: {email.utils.formatdate(usegmt=True)}")
-        if whole and self.status >= 200 and self.status not in (204, 304):
-            if "Content-Length" not in self.headers:
-                lines.append(f"Content-Length: {len(self.body)}")
+        if whole and self.status not in (204, 304):  # these have no body, so no length of one
+            lines.append(f"Content-Length: {len(self.body)}")
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
-        return "\r\n".join([*lines, "", ""]).encode("latin-1") + self.body
+        head = "\r\n".join([*lines, "", ""]).encode("latin-1")
+        return head if head_only else head + self.body
 
 
 def respond_json(value: Any, status: int = 200, headers: Mapping[str, str] = {}) -> Response:
@@ -3799,7 +3794,7 @@ def check_upgrade(request: Request) -> None:
     headers = request.headers
     if request.method != "GET":
         raise HTTPError(405, "a WebSocket is opened with GET", headers={"Allow": "GET"})
-    if request.version != "1.1" or "host" not in headers:
+    if request.version != "1.1":
         raise HTTPError(400, "a WebSocket is opened with HTTP/1.1")
     if ("upgrade" not in request.tokens("connection")
             or "websocket" not in request.tokens("upgrade")):
@@ -3808,11 +3803,7 @@ def check_upgrade(request: Request) -> None:
     if headers.get("sec-websocket-version") != "13":
         raise HTTPError(426, "this server speaks WebSocket version 13",
                         headers={"Sec-WebSocket-Version": "13", **_UPGRADE})
-    try:
-        nonce = base64.b64decode(headers.get("sec-websocket-key", ""), validate=True)
-    except ValueError:
-        nonce = b""
-    if len(nonce) != 16:
+    if not _NONCE.fullmatch(headers.get("sec-websocket-key", "")):
         raise HTTPError(400, "there must be one Sec-WebSocket-Key, 16 bytes in base64")
     if request.has_body:
         raise HTTPError(400, "an upgrade has no body")
@@ -3866,8 +3857,8 @@ class HTTPHandler:
                 if (request := self._read_request()) is None:
                     return None
                 response = self._answer(request)
-                if response.subscription and request.method != "HEAD":
-                    return self._subscribe(response, response.subscription)
+                if response.subscriber and request.method != "HEAD":
+                    return self._subscribe(response, response.subscriber)
             except HTTPError as error:
                 self.server.refuse(self.connection.address, error)
                 response = error.response()
@@ -3878,7 +3869,6 @@ class HTTPHandler:
             if self.charge and (delay := self.connection.charge(self.charge)):
                 self.connection.pause(delay)
             self.deadline = time.monotonic() + self.timeout
-            self.begun = False
             self._move(READING)
 
     def _move(self, to: State, head: bytes = b"", handler: Subscriber | None = None) -> None:
@@ -3944,8 +3934,14 @@ class HTTPHandler:
         for channel, _ in messages:
             if not request.key.may_write(channel):
                 raise HTTPError(403, f"the token may not write the channel {_shown(channel)}")
+        # Whether anything may be published comes first, and then when this may. So what waits for
+        # its rate when the server stops is published at once, not refused.
+        has_room = self.server.log.wait_for_room(connection, _UNAVAILABLE_TIME)
         if self.server.stopping.is_set():
             raise HTTPError(503, "the server is shutting down", "shutting_down")
+        if not has_room:
+            reason = self.server.log.reason or "too much waits for Redis"
+            raise HTTPError(503, f"nothing was published: {reason}", "unavailable", _RETRY)
         cost = sum(1 + (len(data) >> 14) for _, data in messages)
         if (delay := connection.rate.take(cost)) > self.timeout:
             connection.rate.take(-cost)
@@ -3955,11 +3951,6 @@ class HTTPHandler:
             connection.pause(delay)
             if request.key.expired:
                 raise HTTPError(401, "the token has expired")
-        if not self.server.log.wait_for_room(connection, _UNAVAILABLE_TIME):
-            if self.server.stopping.is_set():
-                raise HTTPError(503, "the server is shutting down", "shutting_down")
-            reason = self.server.log.reason or "too much waits for Redis"
-            raise HTTPError(503, f"nothing was published: {reason}", "unavailable", _RETRY)
         issuer, answers, done = str(uuid.uuid4()), dict[int, dict[str, Any]](), threading.Event()
 
         def tell(index: int, position: int, receivers: int) -> None:
@@ -4009,29 +4000,22 @@ class HTTPHandler:
 
     def _respond(self, request: Request | None, response: Response) -> bool:
         # Returns whether another request may follow. A body that nobody read would be taken for it.
-        status, body, headers, stream = response
         going_on = bool(request and request.keeps_alive and not request.wants_upgrade
-                        and not self.unread and not stream)
-        headers = {**headers, **self.cors}
-        if not going_on and headers.get("Connection") != "close":
-            headers["Connection"] = ", ".join([*filter(None, [headers.get("Connection")]), "close"])
-        if request and request.method == "HEAD":
-            headers, body = {"Content-Length": str(len(body)), **headers}, b""
-            if stream or status == 304:
-                del headers["Content-Length"]
-        self.connection.put(Response(status, body, headers).encode(whole=not stream))
+                        and not self.unread and not response.subscriber)
+        headers = {**response.headers, **self.cors}
+        if not going_on:
+            headers["Connection"] = "Upgrade, close" if "Upgrade" in headers else "close"
+        self.connection.put(response._replace(headers=headers).encode(
+            whole=not response.subscriber,
+            head_only=request is not None and request.method == "HEAD"))
         self.connection.flush()
         return going_on
 
-    def _subscribe(self, response: Response, subscription: Subscription) -> Subscriber:
-        subscriber = subscription.kind(
-            self.connection, subscription.key, subscription.channels, subscription.past,
-            self.buffer)
+    def _subscribe(self, response: Response, subscriber: Subscriber) -> Subscriber:
         # Counted first: from the move on, anybody may end it, and then it must be found there.
         self.server.admission.subscribe(self.connection)
         headers = {**response.headers, **self.cors}
-        self._move(SUBSCRIBED, Response(response.status, b"", headers).encode(whole=False),
-                   subscriber)
+        self._move(SUBSCRIBED, response._replace(headers=headers).encode(whole=False), subscriber)
         return subscriber
 
 
@@ -4162,21 +4146,23 @@ def find_past(handler: HTTPHandler, request: Request) -> tuple[Names, Past]:
 def open_websocket(handler: HTTPHandler, request: Request) -> Response:
     """Answer an opening handshake (RFC 6455, section 4.2.2); extensions are declined."""
     accept = generate_accept_token(request.headers["sec-websocket-key"].encode()).decode()
-    return Response(101, b"", {**_UPGRADE, "Sec-WebSocket-Accept": accept},
-                    Subscription(WebSocket, request.key, *find_past(handler, request)))
+    websocket = WebSocket(
+        handler.connection, request.key, *find_past(handler, request), handler.buffer)
+    return Response(101, b"", {**_UPGRADE, "Sec-WebSocket-Accept": accept}, websocket)
 
 
 def follow_events(handler: HTTPHandler, request: Request) -> Response:
     """GET /api/events: follow channels, by default all that the token may read."""
     if "last-event-id" in request.headers:  # of a browser that comes back
         request.query["since"] = [request.headers["last-event-id"]]
-    subscription = Subscription(EventStream, request.key, *find_past(handler, request))
+    stream = EventStream(
+        handler.connection, request.key, *find_past(handler, request), handler.buffer)
     kinds = {word.partition(";")[0].strip() for word in request.tokens("accept")}
     if not kinds & {"", "*/*", "text/*", "text/event-stream"}:
         raise HTTPError(406, "this is a text/event-stream")
     headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
                "X-Accel-Buffering": "no", **_CLOSE}
-    return Response(200, b"", headers, subscription)
+    return Response(200, b"", headers, stream)
 
 
 def tell_history(handler: HTTPHandler, request: Request) -> Response:
@@ -4218,10 +4204,10 @@ def publish(handler: HTTPHandler, request: Request) -> Response:
 
 def end_connections(handler: HTTPHandler, request: Request) -> Response:
     """DELETE /api/connections: end those of a user, or the one that has a message's issuer."""
-    given = {name: values for name, values in request.query.items() if name != "auth"}
-    if len(given) != 1 or not all(len(values) == 1 and values[0] for values in given.values()):
+    given = [(name, value) for name in ("user", "issuer") for value in request.query.get(name, [])]
+    if len(given) != 1 or not given[0][1]:
         raise HTTPError(400, "name one user, or one issuer")
-    ((name, (value,)),) = given.items()
+    name, value = given[0]
     count, complete = handler.server.log.end_connections({name: value})
     handler.connection.log(logging.INFO, "ended %d connections of the %s %s", count, name,
                            _shown(value))
@@ -4371,7 +4357,7 @@ class Admission:
     def renew(self, connection: Connection) -> None:
         """Let a connection that showed a good token be the last to be evicted."""
         with self.lock:
-            mates = self._mates_of(connection)
+            mates = self.pending.get(connection.address, {})
             if connection in mates:
                 mates[connection] = mates.pop(connection)
 
@@ -4393,16 +4379,16 @@ class Admission:
                                 "full", _RETRY)
             if self.stopping.is_set():
                 raise HTTPError(503, "the server is shutting down", "shutting_down", _RETRY)
-            if self._remove_pending(connection):
-                self.subscribed.add(connection)
-                self.gone["connections"] += 1
+            self._remove_pending(connection)
+            self.subscribed.add(connection)
+            self.gone["connections"] += 1
 
     def leave(self, connection: Connection) -> None:
         """Count a subscriber's connection as one that is closing."""
         victim = None
         with self.lock:
             if connection in self.subscribed:
-                self.subscribed.discard(connection)
+                self.subscribed.remove(connection)
                 victim = self._add_pending(connection)
         if victim:
             victim.evict()
@@ -4444,12 +4430,8 @@ class Admission:
         mates[victim] = mates.pop(victim)
         return victim
 
-    def _mates_of(self, connection: Connection) -> dict[Connection, None]:
-        # All pending ones of its address.
-        return self.pending[connection.address] if connection.address in self.pending else {}
-
     def _remove_pending(self, connection: Connection) -> bool:
-        mates = self._mates_of(connection)
+        mates = self.pending.get(connection.address, {})
         if connection not in mates:
             return False
         del mates[connection]
@@ -4672,8 +4654,7 @@ class Server(socketserver.ThreadingTCPServer):
         if self.address_family == socket.AF_INET6:
             self.socket.setsockopt(
                 socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bool(self.settings.host)))
-        self.socket.setsockopt(
-            socket.SOL_SOCKET, socket.SO_REUSEPORT, int(self.settings.reuse_port))
+        self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, self.settings.reuse_port)
         super().server_bind()
 
     def server_close(self) -> None:
@@ -4848,8 +4829,7 @@ class Server(socketserver.ThreadingTCPServer):
         """Serve a connection from its first byte to its last. Its own thread begins here."""
         try:
             connection.handler = HTTPHandler(connection)
-            subscriber = connection.handler.run()
-            if subscriber:
+            if subscriber := connection.handler.run():
                 subscriber.run()
         except ssl.SSLError as error:
             self.refuse(connection.address, HTTPError(
@@ -4894,13 +4874,9 @@ class Server(socketserver.ThreadingTCPServer):
 
     def end_connections(self, user: str = "", issuer: str = "") -> int:
         """End the connections of a user or an issuer with close 4403; returns how many."""
-        ended = 0
-        for connection in self.admission.connections():
-            handler = connection.handler
-            if connection.state is SUBSCRIBED and isinstance(handler, Subscriber):
-                if user and handler.key.user == user or issuer and handler.id == issuer:
-                    ended += handler.end(ENDED, "ended by an operator")
-        return ended
+        return sum(subscriber.end(ENDED, "ended by an operator")
+                   for subscriber in self._subscribers()
+                   if user and subscriber.key.user == user or issuer and subscriber.id == issuer)
 
     def stop(self, timeout: float | None = None) -> None:
         """Stop serving: no newcomers, queued messages are written, everybody gets close 1001.
@@ -4945,10 +4921,8 @@ class Server(socketserver.ThreadingTCPServer):
         working = ANSWERING, SUBSCRIBED
         self._wait_until_none(lambda c: c.busy and c.state in working, patience)
         self.log.drain(patience - time_to_cut)
-        for connection in self.admission.connections():
-            handler = connection.handler
-            if connection.state is SUBSCRIBED and isinstance(handler, Subscriber):
-                handler.end(CloseReason.GOING_AWAY, "server is shutting down", patience=patience)
+        for subscriber in self._subscribers():
+            subscriber.end(CloseReason.GOING_AWAY, "server is shutting down", patience=patience)
         self._wait_until_none(lambda c: isinstance(c.handler, Subscriber), patience)
         for connection in self.admission.connections():
             connection.finish(patience=patience)
@@ -4956,6 +4930,11 @@ class Server(socketserver.ThreadingTCPServer):
         for connection in self.admission.connections():
             connection.abort()
         self._wait_until_none(lambda c: True, deadline)
+
+    def _subscribers(self) -> list[Subscriber]:
+        # Also those that are closing by now: to end them again does nothing.
+        handlers = [connection.handler for connection in self.admission.connections()]
+        return [handler for handler in handlers if isinstance(handler, Subscriber)]
 
     def _wait_until_none(self, matches: Callable[[Connection], bool], deadline: float) -> None:
         while any(map(matches, self.admission.connections())) and time.monotonic() < deadline:
