@@ -4002,7 +4002,7 @@ class HTTPHandler:
         # Returns whether another request may follow. A body that nobody read would be taken for it.
         going_on = bool(request and request.keeps_alive and not request.wants_upgrade
                         and not self.unread and not response.subscriber)
-        headers = {**response.headers, **self.cors}
+        headers = {**self.cors, **response.headers}  # whose Vary may name more than cors does
         if not going_on:
             headers["Connection"] = "Upgrade, close" if "Upgrade" in headers else "close"
         self.connection.put(response._replace(headers=headers).encode(
@@ -4280,7 +4280,7 @@ def show_console(handler: HTTPHandler, request: Request) -> Response:
     page, policy = _make_console(
         settings.protected and not (settings.claim or settings.audience or settings.issuer))
     return tell_file(request, "html", page, {
-        "Vary": "Accept", "X-Frame-Options": "DENY", "Content-Security-Policy": policy})
+        "Vary": "Accept, Origin", "X-Frame-Options": "DENY", "Content-Security-Policy": policy})
 
 
 @functools.cache

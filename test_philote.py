@@ -7435,6 +7435,12 @@ def test_the_script_and_the_page_are_served_with_what_a_browser_must_know(server
     assert call(server, "GET", "/", headers={"Accept": "*/*"})[0] == 426
 
 
+def test_a_cache_is_told_that_the_page_is_for_who_accepts_it(server):
+    for headers in {}, {"Origin": "http://localhost"}:
+        answer = call(server, "GET", "/", headers={"Accept": "text/html", **headers})
+        assert answer[1]["vary"] == "Accept, Origin"
+
+
 @with_settings(console=False)
 def test_the_console_can_be_turned_off_and_the_script_stays(server):
     assert call(server, "GET", "/", headers={"Accept": "text/html"})[0] == 404
