@@ -3883,17 +3883,17 @@ class HTTPHandler:
                 self.server.admission.rename(self.connection, self.connection.peer)
             if self.buffer and not re.match(_TOKEN + b"( |$)", self.buffer):
                 raise HTTPError(400, "this is not HTTP/1.1")
-            end = self.buffer.find(b"\r\n\r\n")
-            if (end if end >= 0 else len(self.buffer)) > MAX_HEAD_SIZE:
+            head, is_whole, rest = self.buffer.partition(b"\r\n\r\n")
+            if len(head) > MAX_HEAD_SIZE:
                 raise HTTPError(431, f"the head of a request may have {MAX_HEAD_SIZE} bytes")
-            if end >= 0:
+            if is_whole:
                 break
             self.connection.flush()
             if not (data := self.connection.read(4096, look_first=not self.begun)):
                 return None
             self.buffer += data
         self._move(ANSWERING)
-        head, self.buffer = self.buffer[:end], self.buffer[end + 4:]
+        self.buffer = rest
         self.charge = 10 + len(head) / 100  # until it shows a good token
         request = decode_request(head)
         request.address = client_address(request, self.connection.peer)
