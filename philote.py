@@ -3661,17 +3661,27 @@ class EventStream(Subscriber):
 
 
 # --------------------------------------------------------------------------------------------- HTTP
-# What comes before the WebSocket, and what goes without it. The head of a request is read strictly
-# (RFC 9112): the standard library's parser takes bare line feeds and folded lines, which other
-# parsers in front may read otherwise.
+# What comes before the WebSocket, and what goes without it: HTTP/1.1, as little as that takes.
+#
+# Why not http.server? Where a proxy in front and the server disagree on where a request ends, one
+# client can slip a request into what another one sent (request smuggling). The standard library's
+# parser takes bare line feeds and folded lines, which a proxy may read otherwise. So the head is
+# read strictly (RFC 9112): what is not plainly right is refused. A body has a Content-Length and is
+# read to its end, or else the connection ends behind the answer: nothing that nobody read is taken
+# for the next request.
+#
+# A connection's requests are answered one by one, in order. Each has to be there, with its body,
+# before a deadline: a thread costs too much to be held by a client that sends a byte now and then.
 
+# Limits of a head: bytes, fields, bytes of the target, parameters of the query in it. 8 KiB have
+# room for 4,000 parameters, each of which costs far more than its bytes.
 MAX_HEAD_SIZE, MAX_HEADERS, MAX_TARGET_SIZE, MAX_PARAMETERS = 16384, 100, 8192, 1100
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/1\.([01])" % _TOKEN)
 _FIELD = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
 _HOST_FIELD = re.compile(r"[][A-Za-z0-9._~!$&'()*+;=%:-]{1,255}")
 _NONCE = re.compile("[A-Za-z0-9+/]{22}==")  # 16 bytes in base64
-_CLOSE = {"Connection": "close"}
+_CLOSE = {"Connection": "close"}  # where the answer is not sent by _respond(), which adds it
 _UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}
 _JSON = {"Content-Type": "application/json"}
 _RETRY = {"Retry-After": "5"}
@@ -3810,7 +3820,11 @@ def check_upgrade(request: Request) -> None:
 
 
 class HTTPHandler:
-    """What reads requests from a connection and answers them, until it becomes a subscriber."""
+    """What reads requests from a connection and answers them, until it becomes a subscriber.
+
+    To ask is cheaper than to answer. So a request without a good token, or with messages that are
+    none, is charged to its connection, and who has overdrawn is read from later.
+    """
 
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
@@ -3821,7 +3835,8 @@ class HTTPHandler:
         self.begun = False  # whether any of it has come
         self.unread = False  # whether it has a body that was not read
         self.charge = 0.0  # what its answer costs, see Connection.charge()
-        self.cors: dict[str, str] = {}  # what a browser is told about the answer
+        # Tells a browser whether a page of another site may see the answer (CORS).
+        self.cors: dict[str, str] = {}
 
     # The poller's thread
 
@@ -4020,12 +4035,11 @@ class HTTPHandler:
 
 
 # ---------------------------------------------------------------------------------------- endpoints
-# Functions from a request to a response, and who may ask for them; the handler lets them read a
-# body and publish. They raise HTTPError.
+# First what finds out who asks, then functions from a request to a response. The table ENDPOINTS at
+# the end says which of them a path leads to, and what token it takes; that is checked before it is
+# called. They read a body and publish through the handler, and raise HTTPError.
 
 MAX_MESSAGES = 10_000  # in the list of one request
-
-
 _UNIX_PEER = "unix"  # stands for the address of whoever comes over a Unix socket
 
 
@@ -4138,7 +4152,7 @@ def find_past(handler: HTTPHandler, request: Request) -> tuple[Names, Past]:
             if len(given.get(name, [])) > 1:
                 raise Refused(f"there may be one {name}")
         past = parse_past(*(given.get(name, [None])[0] for name in ("since", "last")))
-    except Refused as error:
+    except Refused as error:  # the rules are those of a subscription's message, see Refused
         raise HTTPError(400, str(error), error.code.replace("message", "request")) from None
     return names, past
 
@@ -4169,7 +4183,7 @@ def tell_history(handler: HTTPHandler, request: Request) -> Response:
     """GET /api/history: what is kept, some MAX_QUEUE_SIZE bytes at most; there is more behind `id`.
     """
     names, past = find_past(handler, request)
-    if not past.resumable:
+    if not past.resumable:  # neither `since` nor `last` was given: all that is kept
         past = Past(0, True)
     entries, position, complete = handler.server.log.read(
         names, past, handler.server.settings.max_queue_size)
@@ -4451,8 +4465,13 @@ def _add_counters(connection: Connection, totals: collections.Counter[str]) -> N
 
 
 class Metrics:
-    """What the server counts: each connection for itself, and here what no connection does."""
+    """What the server counts: each connection for itself, and here what no connection does.
 
+    If all threads added to the same counters, they would need a lock, for each message. So they
+    are added up when somebody asks; what a thread is counting just then may not be in it yet.
+    """
+
+    # Name, type and help for Prometheus, and which of the totals() it is.
     ROWS = (
         ("connections", "gauge", "Connections now.", "open"),
         ("connections_total", "counter", "Connections since the start.", "connections"),
@@ -4555,7 +4574,11 @@ class BackgroundHandler(logging.handlers.QueueHandler):
 
 
 class LogLimit:
-    """Lets lines about something be logged once in a while; remembers 1,024 such things."""
+    """Lets lines about something be logged once in a while; remembers 1,024 such things.
+
+    While it remembers so many, there are no lines about others: a flood of lines ends, wherever it
+    comes from.
+    """
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # guards what follows
@@ -4587,8 +4610,9 @@ class Server(socketserver.ThreadingTCPServer):
 
     It listens from the start: raises OSError where it cannot, SettingsError where it cannot use
     what the settings name, ImportError and PhiloteError where a package for that is missing. With
-    a `listener`, a socket that listens already, it serves on that. `server_address` holds the port
-    that it got for port 0. `failure` says why it cannot go on, once that is so.
+    a `listener`, a socket that listens already, it serves on that. `is_over` ends the wait for a
+    Redis that is not there yet, once it returns true. `server_address` holds the port that it got
+    for port 0. `failure` says why it cannot go on, once that is so.
     """
 
     allow_reuse_address = True
@@ -4797,6 +4821,8 @@ class Server(socketserver.ThreadingTCPServer):
     def _refuse_for_want_of_descriptors(self, error: OSError) -> None:
         if self.own_log_limit.may_log("descriptors"):
             log.error("no more descriptors, newcomers are refused: %s", error.strerror)
+        # Who is not accepted stays in the queue of the listening socket, and knows nothing. To
+        # accept takes a descriptor, even to refuse; so one is held in reserve, and let go for that.
         if self._close_reserve():
             with contextlib.suppress(OSError):
                 self._refuse_at_the_door(self.socket.accept()[0])
@@ -4814,6 +4840,8 @@ class Server(socketserver.ThreadingTCPServer):
         return reserve is not None
 
     def _refuse_at_the_door(self, sock: socket.socket) -> None:
+        # No thread but the accepting one is there to do it, and that waits for nobody. What has
+        # come is read, for a close with unread input would destroy the answer (RST).
         with sock, contextlib.suppress(OSError):
             error = HTTPError(503, "the server has no room for another connection", "exhausted",
                               {**_CLOSE, **_RETRY})
