@@ -4255,9 +4255,8 @@ def tell_info(handler: HTTPHandler, request: Request) -> Response:
         "connections": totals["open"], "channels": totals["channels"],
         "history_messages": totals["history_messages"], "history_bytes": totals["history_bytes"],
         "history_oldest": encode_id(totals["history_oldest"]) if totals["history_oldest"] else None,
-        "resumes": totals["resumed"],
-        "resumes_failed": totals["not_resumed"], "gaps": totals["gaps"], **settings,
-        **server.log.describe(),
+        "resumes": totals["resumed"], "resumes_failed": totals["not_resumed"],
+        "gaps": totals["gaps"], **settings, **server.log.describe(),
     })
 
 
@@ -4376,17 +4375,16 @@ class Admission:
                 mates[connection] = mates.pop(connection)
 
     def rename(self, connection: Connection, address: str) -> None:
-        """Count a pending connection for another address."""
+        """Count a connection for another address. Its own thread, while it is pending."""
         if address != connection.address:
             with self.lock:
-                known = self._remove_pending(connection)
+                self._remove_pending(connection)
                 connection.address = address
-                if known:
-                    self.pending.setdefault(address, {})[connection] = None
-                    self.pending_count += 1
+                self.pending.setdefault(address, {})[connection] = None
+                self.pending_count += 1
 
     def subscribe(self, connection: Connection) -> None:
-        """Count a connection as a subscriber's. Raises HTTPError if there is no room."""
+        """Count a pending connection as a subscriber's. Raises HTTPError if there is no room."""
         with self.lock:
             if len(self.subscribed) >= self.settings.max_connections:
                 raise HTTPError(503, f"all {self.settings.max_connections} connections are taken",
