@@ -3219,6 +3219,18 @@ def test_what_was_read_before_the_server_stopped_is_delivered(server, reader, wr
         assert reader.read_close() == 1001
 
 
+@with_settings(max_message_rate=1)
+def test_what_waits_for_its_rate_when_the_server_stops_is_published(server, reader, monkeypatch):
+    waits, go = hold(monkeypatch, philote.Connection, "pause")
+    with background(partial(publish, server, [{"channel": "a", "data": "x"}] * 3)) as answers:
+        assert waits.wait(PATIENCE)
+        with background(server.stop):
+            wait_until(server.stopping.is_set)
+            go.set()
+            assert reader.receive_data(3) == ["x"] * 3
+    assert len(answers[0].result()) == 3
+
+
 def test_what_a_slow_subscriber_has_not_read_survives_the_end_of_the_server(monkeypatch):
     monkeypatch.setattr(philote, "CLOSING_TIME", 0.2)
     with running() as server, RawClient(server, ["a"]) as reader:
