@@ -4017,7 +4017,8 @@ class HTTPHandler:
         # Returns whether another request may follow. A body that nobody read would be taken for it.
         going_on = bool(request and request.keeps_alive and not request.wants_upgrade
                         and not self.unread and not response.subscriber)
-        headers = {**self.cors, **response.headers}  # whose Vary may name more than cors does
+        # Behind its own headers those of CORS, but for a Vary: its own names what theirs does.
+        headers = {**response.headers, **self.cors, **response.headers}
         if not going_on:
             headers["Connection"] = "Upgrade, close" if "Upgrade" in headers else "close"
         self.connection.put(response._replace(headers=headers).encode(
