@@ -6473,7 +6473,7 @@ PHILOTE_JS = r"""// A client of a Philote server, for browsers and Node 22. It h
  * @typedef {{ name: string, callback: (message: Message) => void, past: Past, cursor: string,
  *             held: Message[] }} Subscription
  */
-/** @typedef {{ channel: string, data: any, resolve: (id: string) => void,
+/** @typedef {{ ref: string, text: string, resolve: (id: string) => void,
  *              reject: (error: Error) => void }} Publication */
 
 const ANSWER_TIME = 10_000; // ms for a token, for a connection, and beyond the server's own `ping`
@@ -6529,7 +6529,8 @@ export class Philote extends EventTarget {
   /** @type {Publication[]} */ #unsent = [];
   /** @type {Set<string>} */ #issuers = new Set();
   /** @type {ReturnType<typeof setTimeout> | undefined} */ #timer;
-  #url; #minDelay; #maxDelay; #position; #since;
+  #url; #minDelay; #maxDelay; #position;
+  #since; // until the first subscriptions have what came after it
   #issuer = "";
   #attempt = 0; // what belongs to an earlier one is ignored
   #failures = 0; // in a row
@@ -6565,7 +6566,7 @@ export class Philote extends EventTarget {
   get state() { return this.#state; }
 
   /** The id up to which all has come; `since` of a page that is loaded again. */
-  get position() { return this.#position; }
+  get position() { return this.#since || this.#position; }
 
   /** What others see as the publisher of our messages; "" until the connection is there. */
   get issuer() { return this.#issuer; }
@@ -6596,8 +6597,10 @@ export class Philote extends EventTarget {
    */
   publish(channel, data) {
     return new Promise((resolve, reject) => {
-      JSON.stringify(data); // throws here what it would throw later
-      const publication = { channel, data, resolve, reject };
+      const ref = String(++this.#ref);
+      // As text at once: the data may be another before the connection is there.
+      const text = JSON.stringify({ channel, data, ref });
+      const publication = { ref, text, resolve, reject };
       if (this.#state === "open") {
         this.#sendPublication(publication);
       } else if (this.#state === "closed" || this.#unsent.length >= MOST_WAITING) {
@@ -6611,12 +6614,7 @@ export class Philote extends EventTarget {
 
   /** End the connection for good. */
   close() {
-    if (this.#state === "closed") return;
-    this.#listening.abort();
-    this.#end(1000, "", true);
-    for (const { reject } of this.#unsent.splice(0)) {
-      reject(new PhiloteError("closed", "the client was closed"));
-    }
+    if (this.#state !== "closed") this.#end(1000, "", true);
   }
 
   // The connection
@@ -6705,6 +6703,13 @@ export class Philote extends EventTarget {
     for (const { reject } of lost) {
       reject(new PhiloteError("unknown", "the connection ended before the server's answer"));
     }
+    if (forGood) {
+      this.#listening.abort();
+      this.#subscriptions.clear(); // one that is being called gets no more
+      for (const { reject } of this.#unsent.splice(0)) {
+        reject(new PhiloteError("closed", "the client was closed"));
+      }
+    }
     this.#emit("closed", { code, reason, delay });
   }
 
@@ -6754,6 +6759,7 @@ export class Philote extends EventTarget {
     } else if (value.id) {
       this.#position = value.id;
     }
+    if (this.#state === "open" && !this.#asked.size) this.#since = "";
   }
 
   /**
@@ -6773,12 +6779,11 @@ export class Philote extends EventTarget {
     const unwanted = channels.filter(name => !names.has(name));
     if (unwanted.length) this.#send({ unsubscribe: unwanted });
     const fresh = all.filter(subscription => !subscription.cursor);
-    if (this.#since) { // the first time
+    if (this.#since) {
       for (const subscription of fresh) {
         const { past } = subscription;
         if (past.since === undefined) subscription.past = { ...past, since: this.#since };
       }
-      this.#since = "";
     }
     if (fresh.length === all.length) this.#position = id;
     /** @type {Map<string, Subscription[]>} */
@@ -6851,7 +6856,9 @@ export class Philote extends EventTarget {
     if (publication) {
       publication.reject(new PhiloteError(code, reason));
     } else if (subscriptions && subscriptions.length > 1) { // which of them it was is not said
-      for (const subscription of subscriptions) this.#ask([subscription]);
+      for (const subscription of subscriptions) { // those that were ended in between are left
+        if (this.#subscriptions.has(subscription)) this.#ask([subscription]);
+      }
     } else {
       this.#emit("error", { code, reason });
     }
@@ -6878,14 +6885,13 @@ export class Philote extends EventTarget {
 
   /** @param {Publication} publication */
   #sendPublication(publication) {
-    const ref = String(++this.#ref);
-    this.#published.set(ref, publication);
-    this.#send({ channel: publication.channel, data: publication.data, ref });
+    this.#published.set(publication.ref, publication);
+    this.#socket?.send(publication.text); // dropped by one that is closing
   }
 
   /** @param {object} value */
   #send(value) {
-    this.#socket?.send(JSON.stringify(value)); // dropped by one that is closing
+    this.#socket?.send(JSON.stringify(value));
   }
 
   /** @param {string} type  @param {object} detail */

@@ -7378,6 +7378,19 @@ START = """([url, options, names]) => import("/philote.js").then(({ Philote }) =
   names.forEach(name => follow(name));
 })"""
 
+# Stands for a browser's WebSocket where a test says itself in which order things happen.
+SCRIPTED = """window.sent = [];
+window.WebSocket = class {
+  constructor() { window.socket = this; }
+  send(text) { sent.push(JSON.parse(text)); }
+  close() {}
+};
+window.hear = value => socket.onmessage({ data: JSON.stringify(value) });
+window.hearOf = (id, channel) => hear({ id, issuer: "", channel, data: id });
+window.begin = () => hear({
+  connected: { issuer: "me", id: "9-0", resumed: true, channels: [], ping: 0 } });
+window.joined = () => hear({ ref: sent.at(-1).ref, subscribed: { id: "9-0", resumed: true } });"""
+
 
 def need(found, how, needed="BROWSERS"):
     """Skip a test for want of a program, or fail where none may be skipped."""
@@ -7418,6 +7431,12 @@ def start(page, url, *names, token=None, **options):
                           names])
     page.wait_for_function("philote.state === 'open'")
     page.evaluate("philote.publish('a', 'joined')")  # is answered behind the subscriptions
+
+
+def start_scripted(page, *names, **options):
+    """Make a client in a page whose server is the test."""
+    page.evaluate(SCRIPTED + "void 0")
+    page.evaluate(START, ["ws://localhost", {"token": "", **options}, names])
 
 
 def seen(page, kind):
@@ -7517,6 +7536,67 @@ def test_a_subscription_ends_and_a_page_goes_on_where_an_earlier_one_was(server,
     tab.evaluate("philote.close()")
     start(tab, url_of(server), "b*", since=position)
     wait_for_data(tab, ["b1", "b2"])
+
+
+def test_a_position_is_that_of_before_until_its_messages_have_come(tab):
+    start_scripted(tab, "a", since="3-0")
+    positions = tab.evaluate("""() => [begin, () => hearOf("4-0", "a"), joined].map(
+        step => { step(); return philote.position; })""")
+    assert positions == ["3-0", "3-0", "9-0"] and tab.evaluate("got") == ["4-0"]
+
+
+def test_what_was_left_is_not_joined_again_when_a_list_is_refused(tab):
+    start_scripted(tab, "secret")
+    assert tab.evaluate("""() => {
+      const stop = follow("b");
+      begin();
+      const { ref } = sent.at(-1);
+      stop();
+      hear({ ref, error: "forbidden", reason: "" });
+      return sent.map(({ subscribe, unsubscribe }) => subscribe ?? unsubscribe);
+    }""") == [["secret", "b"], ["b"], ["secret"]]
+
+
+def test_nothing_is_called_after_a_close(tab):
+    start_scripted(tab)
+    assert tab.evaluate("""() => {
+      const got = [];
+      philote.subscribe("a", ({ id }) => { got.push(id); philote.close(); }, { last: 2 });
+      begin();
+      hearOf("1-0", "a");
+      hearOf("2-0", "a");
+      joined();
+      return got;
+    }""") == ["1-0"]
+
+
+def test_what_waits_is_published_as_it_was(tab):
+    start_scripted(tab)
+    assert tab.evaluate("""() => {
+      const data = [1];
+      philote.publish("a", data);
+      data.push(2n); // which JSON has no word for
+      begin();
+      return sent.at(-1).data;
+    }""") == [1]
+
+
+def test_an_end_for_good_leaves_no_promise_and_no_listener(tab):
+    tab.evaluate("""() => {
+      window.signals = [];
+      const listen = addEventListener;
+      window.addEventListener = (type, work, options) => {
+        signals.push(options.signal);
+        listen(type, work, options);
+      };
+    }""")
+    start_scripted(tab)
+    assert tab.evaluate("""() => {
+      const lost = philote.publish("a", 1).catch(error => error.code);
+      socket.onclose({ code: 4403, reason: "" });
+      return Promise.race([lost, new Promise(resolve => setTimeout(resolve, 1000))]);
+    }""") == "closed"
+    assert tab.evaluate("signals.map(signal => signal.aborted)") == [True] * 3
 
 
 def test_a_hundred_publications_wait_for_a_connection_and_no_more(tab):
