@@ -7276,28 +7276,26 @@ async function publish() {
 
 // What the server is doing
 
-let apiToken = "", poll = 0, before = null, rates = [];
+let watch = 0, before = null, rates = [];
 
 function follow(token) {
-  clearTimeout(poll);
-  apiToken = token;
+  watch++; // an older one may still wait for its answer: it has no say any more
   before = null;
   rates = [];
   get("state-of-server").hidden = !token;
-  if (token) look();
+  if (token) look(token, watch);
 }
 
-async function look() {
-  const token = apiToken;
+async function look(token, mine) {
+  if (mine !== watch) return;
   try {
-    const [info, metrics] = await Promise.all([ask("api/info", token), ask("metrics", token)]);
-    if (info.ok && metrics.ok && token === apiToken) {
-      showServer(await info.json(), await metrics.text());
-    }
+    const answers = await Promise.all([ask("api/info", token), ask("metrics", token)]);
+    const [info, metrics] = await Promise.all([answers[0].json(), answers[1].text()]);
+    if (mine === watch && answers.every(answer => answer.ok)) showServer(info, metrics);
   } catch {
-    before = null; // it cannot be reached; the log says so
+    if (mine === watch) before = null; // it cannot be reached; the log says so
   }
-  if (token === apiToken && token) poll = setTimeout(look, PAUSE);
+  if (mine === watch) setTimeout(() => look(token, mine), PAUSE);
 }
 
 function showServer(info, text) {

@@ -7812,6 +7812,27 @@ def test_the_console_says_why_a_token_was_refused(server, browser):
         page.get_by_role("log").get_by_text("the token has expired").first.wait_for()
 
 
+def test_the_console_asks_for_the_state_of_the_server_once_at_a_time(server, browser):
+    held = []
+    with browser.new_context() as context:
+        page = new_tab(context, server, "")
+        page.evaluate("""() => {
+          const wait = setTimeout;
+          window.looks = 0;
+          window.setTimeout = (work, ms) => { looks += ms === 2000; return wait(work, ms); };
+        }""")
+        page.route("**/api/info", lambda route: held.append(route))
+        page.get_by_label("Token").fill(API)
+        for count in 1, 2:
+            page.get_by_role("button", name="Connect").click()
+            wait_until(lambda: page.wait_for_timeout(1) or len(held) == count)
+        for route in held:
+            route.fulfill(response=route.fetch())
+        page.unroute("**/api/info")
+        page.get_by_text("slow consumers").wait_for()
+        assert page.evaluate("looks") == 1
+
+
 def test_the_console_shows_the_servers_of_a_cluster(server, browser):
     def add_cluster(route):
         answer = route.fetch()
