@@ -6626,6 +6626,7 @@ export class Philote extends EventTarget {
     this.#heard();
     this.#watch();
     try {
+      await null; // who made it listens by then
       const token = typeof this.#token === "function" ? await this.#token() : this.#token;
       if (attempt === this.#attempt) this.#open(this.#address(token.trim()));
     } catch (error) {

@@ -7599,6 +7599,17 @@ def test_an_end_for_good_leaves_no_promise_and_no_listener(tab):
     assert tab.evaluate("signals.map(signal => signal.aborted)") == [True] * 3
 
 
+def test_a_token_that_cannot_be_had_is_told_to_who_made_the_client(tab):
+    assert tab.evaluate("""() => import("/philote.js").then(({ Philote }) => {
+      const philote = new Philote("ws://localhost", {
+        token() { throw new Error("none"); }, minDelay: 1e6 });
+      return new Promise(resolve => {
+        philote.addEventListener("error", ({ detail }) => resolve(detail.reason));
+        setTimeout(resolve, 1000);
+      }).finally(() => philote.close());
+    })""") == "Error: none"
+
+
 def test_a_hundred_publications_wait_for_a_connection_and_no_more(tab):
     assert tab.evaluate("""url => import("/philote.js").then(async ({ Philote }) => {
       const philote = new Philote(url, { token: () => new Promise(() => {}) });
