@@ -7076,6 +7076,12 @@ const PAUSE = 2000; // ms between them: five minutes
 const get = id => document.getElementById(id);
 const value = id => get(id).value.trim();
 
+// A text that stays the same is left alone: setting it would end a selection in it, and have a
+// screen reader say it again.
+function say(id, text) {
+  if (get(id).textContent !== text) get(id).textContent = text;
+}
+
 // Whatever comes from outside is set as text, never as markup.
 function make(tag, text, className = "") {
   const element = document.createElement(tag);
@@ -7098,6 +7104,7 @@ function showClaims() {
     ["expires", !("exp" in claims) ? "never"
       : left > 0 ? `in ${duration(left)}, ${new Date(claims.exp * 1000).toLocaleString()}`
       : "it has expired"]];
+  if (get("claims").textContent === rows.flat().join("")) return; // see say()
   get("claims").replaceChildren(...rows.flatMap(([name, text]) => [
     make("dt", name), make("dd", text)]));
 }
@@ -7152,8 +7159,8 @@ function show() {
     if (atEnd) log.scrollTop = log.scrollHeight;
   }
   const older = missed ? `, ${missed} more are gone` : "";
-  get("count").textContent = `${entries.length} shown`
-    + (isPaused ? `, ${fresh.length} wait` : "") + older;
+  const shown = entries.filter(({ element }) => !element.hidden).length;
+  say("count", `${shown} shown${isPaused ? `, ${fresh.length} wait` : ""}${older}`);
 }
 
 const textOf = data => typeof data === "string" ? data : JSON.stringify(data);
@@ -7195,9 +7202,9 @@ let philote = null;
 
 function showState() {
   const state = philote?.state ?? "closed";
-  get("state").textContent = state === "closed" ? "not connected" : state;
+  say("state", state === "closed" ? "not connected" : state);
   get("state").dataset.state = state;
-  get("position").textContent = philote?.position || "-";
+  say("position", philote?.position || "-");
   get("cut").disabled = state !== "open";
   get("leave").disabled = state === "closed";
 }
@@ -7376,6 +7383,7 @@ on("pause", "click", () => {
 });
 get("filter").addEventListener("input", () => {
   for (const entry of entries) entry.element.hidden = !matches(entry);
+  show();
 });
 get("token").addEventListener("input", showClaims);
 get("publish").addEventListener("input", showCurl);

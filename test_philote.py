@@ -7778,8 +7778,10 @@ def test_a_person_uses_the_console_from_top_to_bottom(server, browser):
         publish(server, {"channel": "news", "data": hostile}, make_token(write=["*"], sub=hostile))
         log.get_by_text(hostile).first.wait_for()
         assert log.locator("img").count() == 0 and page.title() == "Philote"
+        page.get_by_text("3 shown").wait_for()
         page.get_by_label("Filter").fill("chat")
         assert not log.get_by_text(hostile).first.is_visible()
+        page.get_by_text("2 shown").wait_for()
         page.get_by_label("Filter").fill("")
         button(name="Pause").click()
         publish(server, {"channel": "news", "data": "held"}, make_token(write=["*"]))
@@ -7821,6 +7823,18 @@ def test_the_console_says_why_a_token_was_refused(server, browser):
         page.get_by_text("it has expired").wait_for()
         page.get_by_role("button", name="Connect").click()
         page.get_by_role("log").get_by_text("the token has expired").first.wait_for()
+
+
+def test_the_console_leaves_alone_what_stays_the_same(server, browser):
+    with browser.new_context() as context:
+        page = new_tab(context, server, "")
+        page.get_by_label("Token").fill(GOOD)
+        assert page.evaluate("""async () => {
+          const texts = [...document.querySelectorAll("#state, #position, #claims dd")].map(
+            element => element.firstChild);
+          await new Promise(resolve => setTimeout(resolve, 1100)); // it looks each second
+          return texts.map(text => text.isConnected);
+        }""") == [True] * 5
 
 
 def test_the_console_asks_for_the_state_of_the_server_once_at_a_time(server, browser):
