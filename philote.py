@@ -6480,8 +6480,10 @@ const ANSWER_TIME = 10_000; // ms for a token, for a connection, and beyond the 
 const PROBE_TIME = 5_000; // ms that an old connection has to show that it lives
 const STEADY_TIME = 5_000; // ms; what is lost earlier is tried again more slowly
 const MOST_WAITING = 100; // publications before the connection is there
+// A connection's own messages do not come back to it, but those of an earlier one do.
 const MOST_ISSUERS = 100; // of our own that are remembered
-const LONGEST_QUERY = 4_000; // characters; more channels than fit there are joined later
+// Characters; proxies bound a request's line. Channels that do not fit are joined later.
+const LONGEST_QUERY = 4_000;
 
 /** Why a message was not published: `forbidden`, `bad_message`, `closed` or `unknown`. */
 export class PhiloteError extends Error {
@@ -6493,8 +6495,11 @@ export class PhiloteError extends Error {
   }
 }
 
-/** Make ids comparable as text. @param {string} id */
+/** Make ids comparable as text: 20 digits hold any number. @param {string} id */
 const inOrder = id => id.split("-").map(number => number.padStart(20, "0")).join("-");
+
+/** @param {[string, Message]} one  @param {[string, Message]} other */
+const byPlace = ([one], [other]) => one < other ? -1 : 1;
 
 /** Whether a subscription brings a channel. @param {string} name  @param {string} channel */
 export const covers = (name, channel) =>
@@ -6534,7 +6539,8 @@ export class Philote extends EventTarget {
   #issuer = "";
   #attempt = 0; // what belongs to an earlier one is ignored
   #failures = 0; // in a row
-  #opened = 0; // when the connection was there, as ms of Date.now(), like the next
+  // The next two are ms of Date.now(): performance.now() may stand still while a machine sleeps.
+  #opened = 0; // when the connection was there
   #deadline = 0; // until when something must have come
   #patience = Infinity; // ms that the server may be silent
   #ref = 0;
@@ -6693,10 +6699,11 @@ export class Philote extends EventTarget {
     this.#attempt++;
     clearTimeout(this.#timer);
     const longest = Math.min(this.#maxDelay, this.#minDelay * 2 ** Math.max(0, this.#failures - 1));
+    // Random, so that not all clients come back at once to a server that was restarted.
     const delay = forGood ? null : Math.random() * longest;
     this.#state = forGood ? "closed" : "waiting";
     if (delay !== null) this.#timer = setTimeout(() => this.#connect(), delay);
-    socket?.close();
+    socket?.close(); // not waited for: behind a dead network its end takes a minute
     for (const subscription of this.#subscriptions) subscription.held = [];
     this.#asked.clear();
     const lost = [...this.#published.values()];
@@ -6780,12 +6787,7 @@ export class Philote extends EventTarget {
     const unwanted = channels.filter(name => !names.has(name));
     if (unwanted.length) this.#send({ unsubscribe: unwanted });
     const fresh = all.filter(subscription => !subscription.cursor);
-    if (this.#since) {
-      for (const subscription of fresh) {
-        const { past } = subscription;
-        if (past.since === undefined) subscription.past = { ...past, since: this.#since };
-      }
-    }
+    for (const { past } of fresh) past.since ??= this.#since || undefined;
     if (fresh.length === all.length) this.#position = id;
     /** @type {Map<string, Subscription[]>} */
     const alike = new Map(); // in what they want of the past
@@ -6839,21 +6841,18 @@ export class Philote extends EventTarget {
       subscription.cursor = "0";
       // Others that match may have brought something in between, so they are put in order.
       const places = new Map(held.map(message => [inOrder(message.id), message]));
-      for (const place of wanted ? [...places.keys()].sort() : []) {
-        const message = places.get(place);
-        if (message && this.#subscriptions.has(subscription)) {
-          this.#call(subscription, message, place);
-        }
+      for (const [place, message] of wanted ? [...places].sort(byPlace) : []) {
+        if (this.#subscriptions.has(subscription)) this.#call(subscription, message, place);
       }
       subscription.cursor = inOrder(id);
     }
   }
 
   /** @param {string | undefined} ref  @param {string} code  @param {string} reason */
-  #refuse(ref, code, reason) {
-    const publication = this.#published.get(ref ?? ""), subscriptions = this.#asked.get(ref ?? "");
-    this.#published.delete(ref ?? "");
-    this.#asked.delete(ref ?? "");
+  #refuse(ref = "", code, reason) {
+    const publication = this.#published.get(ref), subscriptions = this.#asked.get(ref);
+    this.#published.delete(ref);
+    this.#asked.delete(ref);
     if (publication) {
       publication.reject(new PhiloteError(code, reason));
     } else if (subscriptions && subscriptions.length > 1) { // which of them it was is not said
@@ -6910,7 +6909,6 @@ _CONSOLE_PAGE = r"""<!doctype html>
 <html lang="en" data-secret="set">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
 <title>Philote</title>
 <link rel="icon" href="data:,">
 <style>STYLE</style>
@@ -6924,13 +6922,11 @@ _CONSOLE_PAGE = r"""<!doctype html>
     <h2 id="connection">Connection</h2>
     <p id="offer" hidden>This server has no SECRET, so this page can make what it needs to get in.
       <button type="button" id="make">Let me in</button></p>
-    <form id="connect" autocomplete="off">
-      <label>Token <input id="token" class="secret" required spellcheck="false"
-        autocapitalize="off"></label>
+    <form id="connect" autocomplete="off" spellcheck="false" autocapitalize="off">
+      <label>Token <input id="token" class="secret" required></label>
       <dl id="claims"></dl>
       <div class="row">
-        <label>Follow <input id="follow" spellcheck="false" autocapitalize="off"
-          placeholder="all that may be read"></label>
+        <label>Follow <input id="follow" placeholder="all that may be read"></label>
         <label>Last <input id="last" inputmode="numeric" pattern="[0-9]*" value="20"></label>
         <label>Since <input id="since" placeholder="10m"></label>
       </div>
@@ -6943,9 +6939,9 @@ _CONSOLE_PAGE = r"""<!doctype html>
   </section>
   <section aria-labelledby="sending">
     <h2 id="sending">Send</h2>
-    <form id="publish" autocomplete="off">
-      <label>Channel <input id="channel" required spellcheck="false" autocapitalize="off"></label>
-      <label>Data <textarea id="data" rows="3" spellcheck="false"></textarea></label>
+    <form id="publish" autocomplete="off" spellcheck="false" autocapitalize="off">
+      <label>Channel <input id="channel" required></label>
+      <label>Data <textarea id="data" rows="3"></textarea></label>
       <label class="check"><input type="checkbox" id="json"> send as JSON</label>
       <div class="row"><button class="main">Publish</button>
         <output id="outcome"></output></div>
@@ -6994,27 +6990,26 @@ _CONSOLE_STYLE = r"""
 [hidden] { display: none !important; }
 body { margin: 0 auto; max-width: 72rem; padding: 0 1rem 2rem; background: var(--back);
   color: var(--text); font: 1rem/1.5 system-ui, sans-serif; }
-header { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem;
-  padding: 1rem 0; }
+header { display: flex; flex-wrap: wrap; align-items: baseline; gap: .25rem 1rem; padding: 1rem 0; }
 header p { margin: 0; }
 h1 { margin: 0; font-size: 1.5rem; letter-spacing: -.02em; }
 h2 { margin: 0 0 .75rem; font-size: 1.05rem; }
 main { display: grid; grid-template-columns: repeat(2, minmax(0, 1fr)); gap: 1rem; }
-section { background: var(--card); border: 1px solid var(--line); border-radius: .6rem;
-  padding: 1rem; }
+section { padding: 1rem; background: var(--card); border: 1px solid var(--line);
+  border-radius: .6rem; }
 .wide { grid-column: 1 / -1; }
 form { display: grid; gap: .75rem; }
 .row { display: flex; flex-wrap: wrap; align-items: end; gap: .75rem; }
 .row label:first-child { flex: 1 1 9rem; }
 label { display: grid; gap: .2rem; font-size: .875rem; color: var(--quiet); }
 .check { display: flex; align-items: center; gap: .5rem; }
-input:not([type=checkbox]), textarea, button { font: inherit; color: var(--text);
-  border: 1px solid var(--line); border-radius: .4rem; padding: .45rem .6rem; min-width: 0;
-  background: var(--back); }
+input:not([type=checkbox]), textarea, button { padding: .45rem .6rem; min-width: 0; font: inherit;
+  color: var(--text); background: var(--back); border: 1px solid var(--line);
+  border-radius: .4rem; }
 input:not([type=checkbox]), textarea { width: 100%; }
 #last { width: 5.5rem; } #since { width: 6.5rem; }
 details { margin-top: .75rem; } summary { cursor: pointer; }
-#outcome { align-self: center; font-size: .875rem; overflow-wrap: anywhere; }
+#outcome { align-self: center; font-size: .875rem; }
 textarea { resize: vertical; font-family: ui-monospace, monospace; }
 .secret { -webkit-text-security: disc; }
 button { cursor: pointer; }
@@ -7024,7 +7019,8 @@ button[aria-pressed=true] { background: var(--soft); border-color: var(--accent)
 button:disabled { opacity: .5; cursor: default; }
 :focus-visible { outline: 3px solid var(--accent); outline-offset: 2px; }
 code, pre, .text { font-family: ui-monospace, monospace; font-size: .875rem; }
-pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
+pre, dd, th, td, .who, .text, #outcome { overflow-wrap: anywhere; }
+pre, .text { white-space: pre-wrap; }
 .quiet { color: var(--quiet); font-size: .875rem; }
 #state { font-weight: 600; color: var(--quiet); }
 #state::before { content: "\25cf\00a0"; }
@@ -7032,21 +7028,17 @@ pre { overflow-x: auto; white-space: pre-wrap; overflow-wrap: anywhere; }
 #state[data-state=waiting] { color: var(--bad); }
 dl { margin: 0; display: grid; grid-template-columns: max-content 1fr; gap: .1rem .75rem;
   font-size: .875rem; }
-dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
+dt { color: var(--quiet); } dd { margin: 0; }
 #claims:empty { display: none; }
 .facts { grid-template-columns: repeat(auto-fill, minmax(9rem, 1fr)); gap: .75rem; }
 .facts div { display: grid; } .facts dd { font-size: 1.15rem; font-weight: 600; }
 #log { height: 26rem; max-height: 70vh; overflow-y: auto; margin-top: .75rem;
   border: 1px solid var(--line); border-radius: .4rem; }
-#log:empty::before { content: "Nothing yet."; display: block; padding: .75rem;
-  color: var(--quiet); }
-.entry { display: grid; grid-template-columns: 6.5rem 11rem minmax(0, 1fr) auto;
-  gap: 0 .75rem; align-items: baseline; padding: .4rem .75rem;
-  border-bottom: 1px solid var(--line); }
-.entry .who { display: grid; overflow-wrap: anywhere; }
-.entry .id { display: block; overflow-wrap: anywhere; }
-.entry .text { white-space: pre-wrap; overflow-wrap: anywhere; max-height: 12rem;
-  overflow-y: auto; }
+#log:empty::before { content: "Nothing yet."; padding: .75rem; color: var(--quiet); }
+.entry { display: grid; grid-template-columns: 6.5rem 11rem minmax(0, 1fr) auto; gap: 0 .75rem;
+  align-items: baseline; padding: .4rem .75rem; border-bottom: 1px solid var(--line); }
+.entry .who { display: grid; } .entry .id { display: block; }
+.entry .text { max-height: 12rem; overflow-y: auto; }
 .entry button { padding: 0 .5rem; font-size: .8rem; }
 .entry.own { background: var(--soft); }
 .entry.note { display: block; color: var(--quiet); font-size: .875rem; }
@@ -7054,11 +7046,9 @@ dt { color: var(--quiet); } dd { margin: 0; overflow-wrap: anywhere; }
 figure { margin: 0 0 1rem; }
 #plot { display: block; width: 100%; height: 5rem; border-bottom: 1px solid var(--line); }
 #plot polyline { stroke: var(--accent); stroke-width: 2; }
-table { width: 100%; margin-top: 1rem; border-collapse: collapse; font-size: .875rem;
-  text-align: left; }
-caption { text-align: left; }
-th, td { padding: .3rem .5rem .3rem 0; border-bottom: 1px solid var(--line);
-  overflow-wrap: anywhere; }
+table { width: 100%; margin-top: 1rem; border-collapse: collapse; font-size: .875rem; }
+table, caption { text-align: left; }
+th, td { padding: .3rem .5rem .3rem 0; border-bottom: 1px solid var(--line); }
 @media (max-width: 45rem) {
   main { grid-template-columns: minmax(0, 1fr); }
   .entry { grid-template-columns: minmax(0, 1fr) auto; }
@@ -7082,17 +7072,19 @@ function say(id, text) {
   if (get(id).textContent !== text) get(id).textContent = text;
 }
 
-// Whatever comes from outside is set as text, never as markup.
-function make(tag, text, className = "") {
+// Whatever comes from outside gets in as text, never as markup: append() takes a string so.
+function make(tag, className, ...content) {
   const element = document.createElement(tag);
-  element.textContent = text;
   element.className = className;
+  element.append(...content);
   return element;
 }
 
 // What the token says
 
 const names = claim => Array.isArray(claim) ? claim.map(String) : [];
+
+const pair = ([name, text]) => [make("dt", "", name), make("dd", "", text)];
 
 function showClaims() {
   const claims = claimsOf(value("token")), left = claims.exp - Date.now() / 1000;
@@ -7105,8 +7097,7 @@ function showClaims() {
       : left > 0 ? `in ${duration(left)}, ${new Date(claims.exp * 1000).toLocaleString()}`
       : "it has expired"]];
   if (get("claims").textContent === rows.flat().join("")) return; // see say()
-  get("claims").replaceChildren(...rows.flatMap(([name, text]) => [
-    make("dt", name), make("dd", text)]));
+  get("claims").replaceChildren(...rows.flatMap(pair));
 }
 
 function duration(seconds) {
@@ -7132,15 +7123,17 @@ async function makeToken() {
   get("connect").requestSubmit();
 }
 
-// The log: entries are gathered, and shown once a frame.
+// The log: entries are gathered, and many are shown at once: each time costs a layout.
 
 let entries = [], fresh = [], missed = 0, isPaused = false, frame = 0;
 
 function add(entry) {
   fresh.push({ time: new Date(), ...entry });
   if (fresh.length > MOST_ENTRIES) { fresh.shift(); missed++; }
-  frame ||= setTimeout(show, 50);
+  frame ||= setTimeout(show, 50); // no animation frame: a hidden page has none
 }
+
+const warn = note => add({ note, isBad: true });
 
 function show() {
   frame = 0;
@@ -7172,18 +7165,10 @@ function matches({ note, message }) {
 }
 
 function render({ time, note, isBad, isOwn, message }) {
-  const clock = make("time", time.toLocaleTimeString(), "quiet");
-  if (note) {
-    const element = make("div", "", isBad ? "entry note bad" : "entry note");
-    element.append(clock, ` ${note}`);
-    return element;
-  }
-  const element = make("div", "", isOwn ? "entry own" : "entry"), who = make("div", "", "who");
-  const text = make("div", textOf(message.data), "text"), copy = make("button", "Copy");
+  const clock = make("time", "quiet", time.toLocaleTimeString());
+  if (note) return make("div", isBad ? "entry note bad" : "entry note", clock, ` ${note}`);
   const sender = isOwn ? "from here" : message.user ? `from ${message.user}` : "";
-  who.append(make("strong", message.channel), make("span", sender, "quiet"));
-  text.append(make("span", message.id, "id quiet"));
-  copy.type = "button";
+  const copy = make("button", "", "Copy");
   copy.onclick = async () => {
     try {
       await navigator.clipboard.writeText(JSON.stringify(message));
@@ -7192,8 +7177,9 @@ function render({ time, note, isBad, isOwn, message }) {
       copy.textContent = "No access";
     }
   };
-  element.append(clock, who, text, copy);
-  return element;
+  return make("div", isOwn ? "entry own" : "entry", clock,
+    make("div", "who", make("strong", "", message.channel), make("span", "quiet", sender)),
+    make("div", "text", textOf(message.data), make("span", "id quiet", message.id)), copy);
 }
 
 // The connection
@@ -7214,21 +7200,16 @@ function connect() {
   const token = value("token"), claims = claimsOf(token);
   const current = new Philote(undefined, { token });
   philote = current;
-  current.addEventListener("open", ({ detail }) => {
-    add({ note: `connected as ${detail.issuer}` });
-  });
-  current.addEventListener("closed", ({ detail: { code, reason, delay } }) => {
+  const hear = (type, work) => current.addEventListener(type, ({ detail }) => work(detail));
+  hear("open", ({ issuer }) => add({ note: `connected as ${issuer}` }));
+  hear("closed", ({ code, reason, delay }) => {
     const again = delay === null ? "" : `, trying again in ${(delay / 1000).toFixed(1)} s`;
     add({ note: `connection ended with ${code}${reason && `: ${reason}`}${again}`,
           isBad: code !== 1000 });
     if (code === 1006 && !current.issuer) tellWhy(token);
   });
-  current.addEventListener("gap", ({ detail }) => {
-    add({ note: `messages may be missing before ${detail.id}`, isBad: true });
-  });
-  current.addEventListener("error", ({ detail: { code, reason } }) => {
-    add({ note: `${code}: ${reason}`, isBad: true });
-  });
+  hear("gap", ({ id }) => warn(`messages may be missing before ${id}`));
+  hear("error", ({ code, reason }) => warn(`${code}: ${reason}`));
   const asked = value("follow") ? value("follow").split(/[\s,]+/).filter(Boolean)
     : names(claims.read);
   // A message that several of them match is to be seen once.
@@ -7247,17 +7228,16 @@ const ask = (path, token) => fetch(path, { headers: { Authorization: `Bearer ${t
 async function tellWhy(token) {
   try {
     const answer = await ask("api/history?last=0", token);
-    if (!answer.ok) add({ note: (await answer.json()).reason, isBad: true });
+    if (!answer.ok) warn((await answer.json()).reason);
   } catch {
-    add({ note: "the server cannot be reached", isBad: true });
+    warn("the server cannot be reached");
   }
 }
 
 // Publishing
 
-function readData() {
-  return get("json").checked ? JSON.parse(get("data").value) : get("data").value;
-}
+const readData = () =>
+  get("json").checked ? JSON.parse(get("data").value) : get("data").value;
 
 function showCurl() {
   try {
@@ -7278,7 +7258,7 @@ async function publish() {
     add({ message: { id, user: "", channel, data }, isOwn: true });
   } catch (error) {
     get("outcome").textContent = error.message;
-    add({ note: `not published: ${error.message}`, isBad: true });
+    warn(`not published: ${error.message}`);
   }
 }
 
@@ -7327,26 +7307,21 @@ function showServer(info, text) {
     "came back": info.resumes, "came back late": info.resumes_failed, "gaps": info.gaps,
     ...info.cluster ? { "Redis": info.cluster.up ? "up" : info.cluster.reason || "down" } : {},
   };
-  get("facts").replaceChildren(...Object.entries(facts).map(([name, fact]) => {
-    const pair = document.createElement("div");
-    pair.append(make("dt", name), make("dd", String(fact)));
-    return pair;
-  }));
-  get("servers").hidden = !info.cluster?.servers.length;
-  get("servers").tBodies[0].replaceChildren(...(info.cluster?.servers ?? []).map(server => {
-    const row = document.createElement("tr");
+  get("facts").replaceChildren(...Object.entries(facts).map(row => make("div", "", ...pair(row))));
+  const servers = info.cluster?.servers ?? [];
+  get("servers").hidden = !servers.length;
+  get("servers").tBodies[0].replaceChildren(...servers.map(server => {
     const since = new Date(1000 * server.since).toLocaleString();
     const id = server.id + (server.id === info.cluster.id ? " (this one)" : "");
-    row.append(...[id, server.host, server.version, server.connections, since].map(cell =>
-      make("td", String(cell))));
-    return row;
+    const cells = [id, server.host, server.version, server.connections, since];
+    return make("tr", "", ...cells.map(cell => make("td", "", cell)));
   }));
 }
 
 function showRates() {
   const most = Math.max(1, ...rates), now = rates.at(-1) ?? 0;
   const rate = `${now.toFixed(1)} messages a second, ${most.toFixed(0)} at most in five minutes`;
-  get("rate").textContent = rate;
+  say("rate", rate);
   get("plot").setAttribute("aria-label", rate);
   get("plot").firstElementChild.setAttribute("points", rates.map((number, index) =>
     `${300 - 2 * (rates.length - 1 - index)},${58 - 56 * number / most}`).join(" "));
@@ -7381,12 +7356,12 @@ on("pause", "click", () => {
   get("pause").setAttribute("aria-pressed", String(isPaused));
   show();
 });
-get("filter").addEventListener("input", () => {
+on("filter", "input", () => {
   for (const entry of entries) entry.element.hidden = !matches(entry);
   show();
 });
-get("token").addEventListener("input", showClaims);
-get("publish").addEventListener("input", showCurl);
+on("token", "input", showClaims);
+on("publish", "input", showCurl);
 get("data").addEventListener("keydown", event => {
   if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) get("publish").requestSubmit();
 });
