@@ -6684,7 +6684,7 @@ export class Philote extends EventTarget {
       this.#receive(JSON.parse(event.data));
     };
     socket.onclose = event => {
-      // The server was told to end us (4403): only a function may have another token to return with.
+      // The server was told to end us (4403): only a function may have another token to come with.
       const forGood = event.code === 4403 && typeof this.#token !== "function";
       if (socket === this.#socket) this.#end(event.code, event.reason, forGood);
     };
