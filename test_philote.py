@@ -3413,17 +3413,19 @@ THROUGH_A_PROXY = [
     {"Via": "1.1 proxy"}, {"X-Forwarded-Host": "a.example"}, {"X-Real-IP": "127.0.0.1"}]
 
 
+@pytest.mark.parametrize("headers, expected", [
+    *[(headers, 101) for headers in LOCAL],
+    *[(headers, 403) for headers in FROM_ELSEWHERE + THROUGH_A_PROXY]], ids=str)
 @with_settings(secret="")
-def test_without_a_secret_no_page_of_another_site_and_nobody_behind_a_proxy_is_let_in(server):
-    path = "/?auth=" + philote.new_token("", ["a"])
-    for expected, requests in (101, LOCAL), (403, FROM_ELSEWHERE + THROUGH_A_PROXY):
-        for headers in requests:
-            assert status_of(server, upgrade_request(path, headers)) == expected, headers
+def test_without_a_secret_no_page_of_another_site_and_nobody_behind_a_proxy_is_let_in(
+        server, headers, expected):
+    request = upgrade_request("/?auth=" + philote.new_token("", ["a"]), headers)
+    assert status_of(server, request) == expected
 
 
-def test_with_a_secret_a_proxy_may_be_between(server):
-    for headers in THROUGH_A_PROXY:
-        assert status_of(server, upgrade_request("/?auth=" + GOOD, headers)) == 101, headers
+@pytest.mark.parametrize("headers", THROUGH_A_PROXY, ids=str)
+def test_with_a_secret_a_proxy_may_be_between(server, headers):
+    assert status_of(server, upgrade_request("/?auth=" + GOOD, headers)) == 101
 
 
 @pytest.mark.parametrize("header, peer, expected", [
