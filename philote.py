@@ -4371,7 +4371,7 @@ class Admission:
     def renew(self, connection: Connection) -> None:
         """Let a connection that showed a good token be the last to be evicted."""
         with self.lock:
-            mates = self.pending.get(connection.address, {})
+            mates = self._mates_of(connection)
             if connection in mates:
                 mates[connection] = mates.pop(connection)
 
@@ -4443,8 +4443,12 @@ class Admission:
         mates[victim] = mates.pop(victim)
         return victim
 
+    def _mates_of(self, connection: Connection) -> dict[Connection, None]:
+        # All pending ones of its address. Why without get(), see Log.append().
+        return self.pending[connection.address] if connection.address in self.pending else {}
+
     def _remove_pending(self, connection: Connection) -> bool:
-        mates = self.pending.get(connection.address, {})
+        mates = self._mates_of(connection)
         if connection not in mates:
             return False
         del mates[connection]
