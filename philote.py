@@ -2718,25 +2718,7 @@ class RedisLog(Log):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
-        try:
-            self.redis: Any = importlib.import_module("redis")
-            importlib.import_module("hiredis")  # several times as fast
-        except ImportError:
-            raise PhiloteError("REDIS_URL needs more packages; install them with: pip install "
-                               "'philote[redis]', or 'redis[hiredis]' beside the file") from None
-        try:
-            # The pool is only asked what the URL says; some options that may stand there are ours.
-            # No retries of the library's: what has to be sent again, only the outbox knows.
-            pool = self.redis.ConnectionPool.from_url(settings.redis_url)
-            self.connect = functools.partial(pool.connection_class, **{
-                **pool.connection_kwargs, "protocol": 2, "decode_responses": False, "retry": None,
-                "socket_timeout": _UNAVAILABLE_TIME, "socket_connect_timeout": _UNAVAILABLE_TIME})
-            self.address = _describe_address(self.connect())
-        except (ValueError, TypeError, self.redis.RedisError):  # whose text may hold the password
-            raise SettingsError(
-                _not_allowed("REDIS_URL", "", _REDIS[1]) + "; a password has to be "
-                "percent-encoded in it, and what stands behind ? must be options of redis-py"
-            ) from None
+        self.redis, self.connect, self.address = _find_redis(settings.redis_url)
         self.key = settings.redis_key
         self.id = uuid.uuid4().hex[:16].encode()
         self.began = round(time.time())
@@ -3196,8 +3178,28 @@ class RedisLog(Log):
                 self.servers.pop(name, None)
 
 
-def _describe_address(connection: Any) -> str:
-    return getattr(connection, "path", "") or f"{connection.host}:{connection.port}"
+def _find_redis(url: str) -> tuple[Any, Callable[[], Any], str]:
+    # The package, what makes a connection to where the URL says, and where that is. Raises
+    # SettingsError, and PhiloteError where a package is missing.
+    try:
+        redis: Any = importlib.import_module("redis")
+        importlib.import_module("hiredis")  # several times as fast
+    except ImportError:
+        raise PhiloteError("REDIS_URL needs more packages; install them with: pip install "
+                           "'philote[redis]', or 'redis[hiredis]' beside the file") from None
+    try:
+        # The pool is only asked what the URL says; some options that may stand there are ours. No
+        # retries of the library's: what has to be sent again, only the outbox knows.
+        pool = redis.ConnectionPool.from_url(url)
+        connect = functools.partial(pool.connection_class, **{
+            **pool.connection_kwargs, "protocol": 2, "decode_responses": False, "retry": None,
+            "socket_timeout": _UNAVAILABLE_TIME, "socket_connect_timeout": _UNAVAILABLE_TIME})
+        one = connect()
+    except (ValueError, TypeError, redis.RedisError):  # whose text may hold the password
+        raise SettingsError(
+            _not_allowed("REDIS_URL", "", _REDIS[1]) + "; a password has to be percent-encoded in "
+            "it, and what stands behind ? must be options of redis-py") from None
+    return redis, connect, getattr(one, "path", "") or f"{one.host}:{one.port}"
 
 
 def make_log(settings: Settings) -> Log:
