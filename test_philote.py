@@ -6917,7 +6917,7 @@ def test_subscribe_comes_back_whatever_the_server_ends_with_and_says_so(answer, 
 
 
 def test_subscribe_ends_with_1_when_its_token_has_expired(server):
-    with subscribing(server, "a", "--token", make_token(["a"], exp=in_seconds(2))) as command:
+    with subscribing(server, "a", "--token", make_token(["a"], exp=in_seconds(6))) as command:
         status, out, err = command.end()
     assert (status, out) == (1, "") and "Traceback" not in err
     assert err == "philote: connection closed with 4401: token expired\n"
