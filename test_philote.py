@@ -3479,6 +3479,15 @@ def test_the_client_with_the_most_pending_connections_has_to_make_room(behind_a_
         ask_for_health(first, "10.0.0.1")
 
 
+def test_while_one_that_has_to_make_room_still_ends_the_next_newcomer_takes_anothers(monkeypatch):
+    waits, go = hold(monkeypatch, philote.Server, "_end_connection")
+    with running(max_connections=1) as server, many(64, dial, server) as early:
+        wait_until(lambda: pending_count(server) == 64)
+        with dial(server), dial(server):
+            assert waits.wait(PATIENCE) and early[0].recv(1) == early[1].recv(1) == b""
+            go.set()
+
+
 @pytest.mark.parametrize("method, path, body, named", [
     ("GET", "/api/events?chanel=a", None, '"chanel"'), ("GET", "/api/info?x=1", None, '"x"'),
     ("POST", "/api/publish?channel=a", b'{"channel": "a"}', '"channel"')])
@@ -5845,6 +5854,21 @@ def caught_up(end):
 def published(value, id):
     """The answer to a message."""
     return plain(1, json.dumps({"published": {"ref": value["ref"], "id": id}}))
+
+
+def test_a_gap_that_the_server_tells_of_is_raised_in_its_place(quick):
+    def script(end):
+        end.send(end.upgrade)
+        for data, id in ("before", "4-0"), (None, "5-0"), ("behind", "6-0"):
+            end.send(plain(1, json.dumps({"issuer": "x", "channel": "a", "data": data, "id": id}
+                                         if data else {"gap": {"id": id}})))
+        end.answer_close()
+
+    with answering(script) as url, philote.Client(url) as client:
+        assert client.receive(PATIENCE).data == "before"
+        with pytest.raises(philote.Gap):
+            client.receive(PATIENCE)
+        assert client.receive(PATIENCE).data == "behind"
 
 
 def test_a_late_copy_of_a_message_acknowledges_no_later_one(quick):
