@@ -3481,7 +3481,7 @@ def test_the_client_with_the_most_pending_connections_has_to_make_room(behind_a_
 
 def test_while_one_that_has_to_make_room_still_ends_the_next_newcomer_takes_anothers(monkeypatch):
     waits, go = hold(monkeypatch, philote.Server, "_end_connection")
-    with running(max_connections=1) as server, many(64, dial, server) as early:
+    with running(max_connections=1, request_timeout=60) as server, many(64, dial, server) as early:
         wait_until(lambda: pending_count(server) == 64)
         with dial(server), dial(server):
             assert waits.wait(PATIENCE) and early[0].recv(1) == early[1].recv(1) == b""
