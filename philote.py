@@ -3951,14 +3951,9 @@ class HTTPHandler:
         for channel, _ in messages:
             if not request.key.may_write(channel):
                 raise HTTPError(403, f"the token may not write the channel {_shown(channel)}")
-        # Whether anything may be published comes first, and then when this may. So what waits for
-        # its rate when the server stops is published at once, not refused.
-        has_room = self.server.log.wait_for_room(connection, _UNAVAILABLE_TIME)
+        # What waits for its rate when the server stops is published at once, not refused.
         if self.server.stopping.is_set():
             raise HTTPError(503, "the server is shutting down", "shutting_down")
-        if not has_room:
-            reason = self.server.log.reason or "too much waits for Redis"
-            raise HTTPError(503, f"nothing was published: {reason}", "unavailable", _RETRY)
         cost = sum(1 + (len(data) >> 14) for _, data in messages)
         if (delay := connection.rate.take(cost)) > self.timeout:
             connection.rate.take(-cost)
@@ -3968,6 +3963,12 @@ class HTTPHandler:
             connection.pause(delay)
             if request.key.expired:
                 raise HTTPError(401, "the token has expired")
+        # Behind that wait, in which others may have taken the room.
+        if not self.server.log.wait_for_room(connection, _UNAVAILABLE_TIME):
+            if self.server.stopping.is_set():
+                raise HTTPError(503, "the server is shutting down", "shutting_down")
+            reason = self.server.log.reason or "too much waits for Redis"
+            raise HTTPError(503, f"nothing was published: {reason}", "unavailable", _RETRY)
         issuer, answers, done = str(uuid.uuid4()), dict[int, dict[str, Any]](), threading.Event()
 
         def tell(index: int, position: int, receivers: int) -> None:

@@ -4523,6 +4523,19 @@ def test_who_is_refused_for_want_of_room_is_told_why(store, hasty, monkeypatch):
         assert error_of(asked[0].result()) == (503, "shutting_down")
 
 
+def test_room_that_others_took_while_a_request_waited_for_its_rate_is_not_there(
+        store, hasty, monkeypatch):
+    with running(redis_url=store.url, max_message_rate=1) as server:
+        waits, go = hold(monkeypatch, philote.Connection, "pause")
+        body = json.dumps([{"channel": "a", "data": "x"}] * 2).encode()
+        with background(partial(ask, server, publish_request(body))) as asked:
+            assert waits.wait(PATIENCE)
+            monkeypatch.setattr(philote, "_OUTBOX_SIZE", 0)  # internal
+            go.set()
+        answer = asked[0].result()
+        assert error_of(answer) == (503, "unavailable") and b"nothing was" in answer[2]
+
+
 def test_who_reads_what_piled_up_during_a_break_is_not_taken_for_slow(store, hasty):
     texts = [f"{i} {'x' * 4000}" for i in range(2500)]
     with running(redis_url=store.url, max_queue_size=100_000) as server, \
