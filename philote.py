@@ -5708,7 +5708,8 @@ class _Link:
             while not (event := next(self.protocol.events(), None)):
                 self.protocol.receive_data(self.sock.recv())  # refuses a head above 16 KiB
         except (ProtocolError, ValueError) as error:
-            raise PhiloteError(f"this is no WebSocket server: {error}") from None
+            if not (event := next(self.protocol.events(), None)):  # bad behind a head that is good
+                raise PhiloteError(f"this is no WebSocket server: {error}") from None
         if isinstance(event, wsproto.events.RejectConnection):
             raise Unauthorized(event.status_code, self._read_reason(event))
 

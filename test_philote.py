@@ -5419,6 +5419,7 @@ def test_unauthorized_says_what_the_server_said(server, token):
     (301, [b"Moved Permanently\r\nLocation: /\r\nContent-Length: 0\r\n\r\n"], None),
     (200, [b"OK\r\nContent-Length: 2\r\n\r\n[]"], None), (401, [b"Unauthorized\r\n\r\n"], None),
     (404, [b"Not Found\r\nContent-Length: 15\r\n\r\n{\"reason\": null"], None),
+    (503, [b"Unavailable\r\nTransfer-Encoding: chunked\r\n\r\nno chunk\r\n"], None),
     (401, [b"Unauthorized\r\nContent-Length: 25\r\n\r\n", b'{"reason": "no,', b' it said"}'],
      "no, it said")])
 def test_any_other_answer_than_an_upgrade_is_unauthorized(status, parts, reason, stays_open):
