@@ -5635,7 +5635,10 @@ def _send_aside(call: Callable[..., None], *arguments: Any) -> threading.Thread:
     # In a thread of its own: the reader must go on, for a server in a replay reads nothing until
     # we have read, and close() must not wait for that.
     thread = threading.Thread(target=call, args=arguments, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:  # the system has no more threads: another time it may
+        raise OSError(errno.EAGAIN, str(error)) from None
     return thread
 
 

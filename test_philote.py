@@ -6024,6 +6024,25 @@ def test_what_a_client_asks_for_when_it_comes_back_does_not_keep_it_from_reading
         client.__exit__(Exception)  # without waiting for answers
 
 
+def test_a_client_for_whose_pong_there_is_no_thread_comes_back(quick):
+    def lose(end):
+        end.send(end.upgrade)
+        assert pinged.wait(PATIENCE)
+        end.send(plain(9))
+        assert end.file.read() == b"", "the client hangs up"
+        threading.stack_size(size)
+
+    pinged, size = threading.Event(), threading.stack_size()
+    with answering(lose, lambda end: end.work(plain(1, stamped("x")))) as url, \
+            philote.Client(url, channels=["a"]) as client:
+        threading.stack_size(1 << 46)  # no system has room for that
+        try:
+            pinged.set()
+            assert client.receive(PATIENCE).data == "x"
+        finally:
+            threading.stack_size(size)
+
+
 def test_who_closes_while_the_connection_comes_back_is_not_told_that_it_is_there(
         proxy, monkeypatch):
     told = []
