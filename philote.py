@@ -6786,6 +6786,8 @@ export class Philote extends EventTarget {
    * @param {{ issuer: string, id: string, resumed: boolean, channels: string[], ping: number }} _
    */
   #begin({ issuer, id, resumed, channels, ping }) {
+    // Only for those that are there at the first connection: later ones ask for no past.
+    const since = this.#issuer ? undefined : this.#since || undefined;
     this.#issuer = issuer;
     this.#issuers.add(issuer);
     if (this.#issuers.size > MOST_ISSUERS) this.#issuers.delete([...this.#issuers][0]);
@@ -6799,7 +6801,7 @@ export class Philote extends EventTarget {
     const unwanted = channels.filter(name => !names.has(name));
     if (unwanted.length) this.#send({ unsubscribe: unwanted });
     const fresh = all.filter(subscription => !subscription.cursor);
-    for (const { past } of fresh) past.since ??= this.#since || undefined;
+    for (const { past } of fresh) past.since ??= since;
     if (fresh.length === all.length) this.#position = id;
     /** @type {Map<string, Subscription[]>} */
     const alike = new Map(); // in what they want of the past

@@ -7525,6 +7525,19 @@ def test_a_position_is_that_of_before_until_its_messages_have_come(tab):
     assert positions == ["3-0", "3-0", "9-0"] and tab.evaluate("got") == ["4-0"]
 
 
+def test_what_is_followed_later_begins_later_though_the_connection_is_cut(tab):
+    start_scripted(tab, "a", since="3-0")
+    assert tab.evaluate("""async () => {
+      begin();
+      follow("b");
+      const lost = socket;
+      lost.onclose({ code: 1006, reason: "" });
+      while (socket === lost) await new Promise(done => setTimeout(done, 5));
+      begin();
+      return sent.map(({ subscribe, since }) => [...subscribe, since ?? "now"]);
+    }""") == [["a", "3-0"], ["b", "now"]] * 2
+
+
 def test_what_was_left_is_not_joined_again_when_a_list_is_refused(tab):
     start_scripted(tab, "secret")
     assert tab.evaluate("""() => {
