@@ -5216,11 +5216,12 @@ class Client:
         if self._reconnect or wait:
             request = self._ask(value, wait)
             return str(self._await(request)["published"]["id"]) if wait else None
+        text = json.dumps(value, allow_nan=False)
         with self._changed:
             if not self._closing:
                 self._outcome_known = False
         try:
-            self._link.send_text(json.dumps(value, allow_nan=False))
+            self._link.send_text(text)
         except (OSError, ProtocolError):  # the latter where the server has said that it closes
             self._thread.join(CLOSING_TIME)  # it knows why
             self._raise_refusal()

@@ -6270,6 +6270,14 @@ def test_what_is_no_json_is_raised_at_once(server):
             client.publish("a*", 1, wait=True)
 
 
+def test_what_is_no_json_cannot_be_lost(server):
+    client = connect(server, write=["a"])
+    with pytest.raises(ValueError):
+        client.publish("a", float("nan"))
+    server.stop()
+    client.close()
+
+
 # What the module offers
 
 def test_importing_starts_nothing_and_configures_nothing():
