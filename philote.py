@@ -5308,8 +5308,9 @@ class Client:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        _send_aside(self._link.send_if_open, wsproto.events.CloseConnection(
-            CloseReason.NORMAL_CLOSURE))
+        with contextlib.suppress(OSError):  # without a thread for it, the wait ends without answer
+            _send_aside(self._link.send_if_open, wsproto.events.CloseConnection(
+                CloseReason.NORMAL_CLOSURE))
         self._wait_while(self._thread.is_alive)
         self._link.abort()
         self._thread.join(_ANSWER_TIME)

@@ -6343,6 +6343,15 @@ def test_a_server_that_pings_for_ever_does_not_hold_up_close(impatient):
         plain_client(url).close()
 
 
+def test_a_client_that_closes_without_a_thread_for_that_is_closed(server, impatient):
+    client, size = plain_client(url_of(server), GOOD), threading.stack_size(1 << 46)
+    try:
+        client.close()
+    finally:
+        threading.stack_size(size)
+    assert not client._thread.is_alive()  # internal
+
+
 @pytest.mark.parametrize("sent, code", [
     *[(sent, 1006) for sent in ("5", "null", "[]", "{", "[" * 100_000, '"text"')],
     ("y" * 200_000, 1009)], ids=short)
