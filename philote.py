@@ -161,6 +161,11 @@ log = logging.getLogger("philote")
 # ----------------------------------------------------------------------------------------- settings
 # What an operator can choose, from the environment. Each setting is one row of the class Settings:
 # its name, default, parser, what is allowed, and what it means. --help is made of these rows.
+#
+# Nothing is guessed: an empty number, a size of 1k, a boolean of "yes" are refused, each with what
+# is allowed, and all bad ones at once. A server that runs with another limit than its operator
+# believes is worse than one that does not start. What may be a secret is never shown, not even
+# where it is refused: the value of one setting may have been put into another.
 
 class SettingsError(ValueError):
     """Settings that are not allowed, one line for each."""
@@ -372,6 +377,17 @@ def _not_allowed(name: str, value: str, allowed: str) -> str:
 # -------------------------------------------------------------------------------------- access keys
 # A JSON Web Token (RFC 7519) says which channels its bearer may read and write. It is signed with
 # the server's secret, or by an identity provider of whom the server knows the public keys.
+#
+#     HEADER.CLAIMS.SIGNATURE, each in base64url
+#       |       |        '--- of what stands before it, by the algorithm that the header names
+#       |       '--- {"read": ["news"], "write": [], "exp": 1700000000, "sub": "alice"}
+#       '--- {"alg": "HS256"}, with a "kid" where one of several keys is meant
+#
+# All of it is the client's word until the signature is verified, the name of the algorithm too. So
+# this only selects among the keys that we have for it (Keyring), and each key is for the algorithms
+# of its own kind. PyJWT verifies the signature and the times; what a claim must look like that it
+# does not check, is checked behind it. A token is looked at once, when its bearer connects: what it
+# allows then is an AccessKey, and its end is one of the connection's deadlines.
 
 MAX_TOKEN_SIZE = 8192  # bytes; a longer one is refused before any work is spent on it
 _END_OF_TIME = 253402300799  # the year 9999; a number far larger would fit no clock
@@ -743,6 +759,11 @@ def _channel_names(claims: dict[str, Any], name: str) -> Names:
 
 # ----------------------------------------------------------------------------------------- messages
 # JSON in, JSON out. These functions are pure.
+#
+# A message's data is decoded, to know that it is JSON, and encoded anew, once for all who receive
+# it. So nothing reaches another client just as its publisher wrote it: no key that came twice, of
+# which two parsers may take different ones, no NaN, and half of a surrogate pair only as an escape:
+# in UTF-8 it has no place, and would end the connection of each who reads it.
 
 class Refused(ValueError):
     """A message or request that is dropped; its text says why, its code is for programs."""
@@ -848,11 +869,18 @@ def _quoted(text: str) -> str:
 
 
 # ------------------------------------------------------------------------------------------- frames
-# RFC 6455, section 5. What the server sends is not masked, so one encoded frame serves all
-# subscribers. What clients send is taken apart here, messages, fragments and pings alike; wsproto's
-# parser takes 25 to 50 us for each frame, which is 4 times what a whole message takes here, and
-# lets one client that sends empty frames occupy the server. Frames that are broken, and close
-# frames, are left as they came for simple-websocket, which judges and answers them.
+# RFC 6455, section 5. What a client sends:
+#
+#     1 byte        1 byte          0, 2 or 8 bytes    4 bytes    `size` bytes
+#     FIN, opcode   1, short size   size               mask       payload, masked
+#
+# The short size is the size up to 125; 126 and 127 say that it stands behind, in 2 or 8 bytes. What
+# the server sends has no mask, so one encoded frame serves all subscribers.
+#
+# What clients send is taken apart here, messages, fragments and pings alike; wsproto's parser takes
+# 25 to 50 us for each frame, which is 4 times what a whole message takes here, and lets one client
+# that sends empty frames occupy the server. Frames that are broken, and close frames, are left as
+# they came for simple-websocket, which judges and answers them.
 
 # Our own close codes (section 7.4.2): the token expired; an operator ended the connection.
 EXPIRED, ENDED = 4401, 4403
@@ -1750,6 +1778,12 @@ class RateLimit:
 
 
 # ------------------------------------------------------------------------------------------- poller
+# A connection's thread waits for its peer's bytes, and can wait for nothing else. What else there
+# is to wait for, one thread waits for on behalf of all: that a full socket takes more, and that a
+# point in time has come. Neither is the rule. Most sockets take at once what is written, and most
+# deadlines pass with nothing to be done but to set the next. So to ask for one costs a lock and an
+# entry in a heap, and what is asked for is not taken back: when it comes, the connection looks
+# itself whether anything is due. None of its work waits, or one peer would delay all others.
 
 _LONGEST_PAUSE = 3600  # seconds; selectors take no number of any size
 
@@ -3212,6 +3246,18 @@ def make_log(settings: Settings) -> Log:
 # -------------------------------------------------------------------------------------- subscribers
 # What a connection becomes: a WebSocket or an event stream. Everything that deals with
 # simple-websocket stands here, but for the client.
+#
+# Three kinds of threads have to do with a subscriber. Its own lets it catch up with the past and
+# join its channels (follow), then reads what the client sends. Those of publishers put messages in
+# its queue and write them, and know nothing of it but a function that takes bytes. The poller's
+# looks at the points in time: the end of its token, the next ping, a position for one who was sent
+# nothing for long.
+#
+# Where the server ends one, it calls end(): it leaves the channels, and only then are its last words
+# queued, so no message stands behind them. The close codes: 1001 the server stops, 1002, 1007 and
+# 1009 for what it sent, 1008 it reads too slowly, 1011 it answers no ping, 1012 it has no ids and
+# messages may be missing, 4401 its token expired, 4403 an operator ended it. A close that the
+# client begins is answered by the library.
 
 class Subscriber:
     """A connection that messages are queued for, whichever way they are encoded."""
