@@ -3253,10 +3253,10 @@ def make_log(settings: Settings) -> Log:
 # looks at the points in time: the end of its token, the next ping, a position for one who was sent
 # nothing for long.
 #
-# Where the server ends one, it calls end(): it leaves the channels, and only then are its last words
-# queued, so no message stands behind them. The close codes: 1001 the server stops, 1002, 1007 and
-# 1009 for what it sent, 1008 it reads too slowly, 1011 it answers no ping, 1012 it has no ids and
-# messages may be missing, 4401 its token expired, 4403 an operator ended it. A close that the
+# Where the server ends one, it calls end(): it leaves its channels, and only then are its last
+# words queued, so no message stands behind them. The close codes: 1001 the server stops, 1002, 1007
+# and 1009 for what it sent, 1008 it reads too slowly, 1011 it answers no ping, 1012 it has no ids
+# and messages may be missing, 4401 its token expired, 4403 an operator ended it. A close that the
 # client begins is answered by the library.
 
 class Subscriber:
