@@ -5943,8 +5943,8 @@ def test_a_message_that_two_servers_published_acknowledges_none_behind_it(quick,
             end.send(plain(1, json.dumps(
                 {"issuer": "us", "channel": "a", "id": id, **comes})))
         again = caught_up(end)
-        assert again["data"] == "second"
-        end.send(published(again, "6-0"))
+        # Else it would come back for ever: 4403 ends a client, and the test.
+        end.send(published(again, "6-0") if again.get("data") == "second" else plain(8, 4403))
         end.answer_close()
 
     with answering(lose, bring_twice) as url, philote.Client(url) as client:
