@@ -386,8 +386,8 @@ def _not_allowed(name: str, value: str, allowed: str) -> str:
 # All of it is the client's word until the signature is verified, the name of the algorithm too. So
 # this only selects among the keys that we have for it (Keyring), and each key is for the algorithms
 # of its own kind. PyJWT verifies the signature and the times; what a claim must look like that it
-# does not check, is checked behind it. A token is looked at once, when its bearer connects: what it
-# allows then is an AccessKey, and its end is one of the connection's deadlines.
+# does not check, is checked behind it. A token is looked at once for each request: what it allows
+# is an AccessKey by then. A subscriber keeps that, and its end is a deadline of the connection.
 
 MAX_TOKEN_SIZE = 8192  # bytes; a longer one is refused before any work is spent on it
 _END_OF_TIME = 253402300799  # the year 9999; a number far larger would fit no clock
@@ -1782,8 +1782,9 @@ class RateLimit:
 # is to wait for, one thread waits for on behalf of all: that a full socket takes more, and that a
 # point in time has come. Neither is the rule. Most sockets take at once what is written, and most
 # deadlines pass with nothing to be done but to set the next. So to ask for one costs a lock and an
-# entry in a heap, and what is asked for is not taken back: when it comes, the connection looks
-# itself whether anything is due. None of its work waits, or one peer would delay all others.
+# entry in a heap, and while the connection lives it is not taken back: when it comes, the
+# connection looks itself whether anything is due. None of this thread's work waits, or one peer
+# would delay all others.
 
 _LONGEST_PAUSE = 3600  # seconds; selectors take no number of any size
 
