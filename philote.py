@@ -524,7 +524,7 @@ def read_public_keys(path: str) -> list[Key]:
                 key = _public_key(x509.load_pem_x509_certificate(part).public_key())
             else:
                 key = _public_key(serialization.load_pem_public_key(part))
-        except (ValueError, exceptions.UnsupportedAlgorithm):
+        except (ValueError, exceptions.UnsupportedAlgorithm, x509.InvalidVersion):
             key = Key(None, ())
         if not key.algorithms:
             raise SettingsError(
@@ -638,10 +638,6 @@ class Provider(jwt.PyJWKClient):
             under_way.set()
 
 
-def _wait_for(seconds: float, event: threading.Event) -> None:
-    event.wait(seconds)
-
-
 class Keyring:
     """All that tokens may be signed with, by the settings. Raises SettingsError, ImportError.
 
@@ -671,12 +667,14 @@ class Keyring:
     def reload(self) -> None:
         """Read the public keys again. Raises SettingsError, and goes on with those of before."""
         if self.provider:
-            self.provider.due = -math.inf
+            with self.provider.lock:
+                self.provider.due = -math.inf
             self.provider.fetch(time.monotonic())
         elif self.settings.public_keys:
             self.public_keys = read_public_keys(self.settings.public_keys)
 
-    def decode(self, token: str, wait: _Wait = _wait_for) -> AccessKey:
+    def decode(self, token: str,
+               wait: _Wait = lambda seconds, event: event.wait(seconds)) -> AccessKey:
         """Verify a token's signature and claims (RFC 7519, section 4.1). Raises TokenError.
 
         `wait` is called where that has to wait for an identity provider.
@@ -1052,7 +1050,7 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
 # they are made without letting go, by ctypes.PyDLL: 28 ms, and with an interval of 0.5 ms, 2.6.
 # Where there is no ctypes, the methods of `socket` do the same work.
 
-_DONTWAIT = getattr(socket, "MSG_DONTWAIT", 0)
+_DONTWAIT = socket.MSG_DONTWAIT
 _BUFFERS_PER_WRITE = 64  # in one system call; every system has room for more (IOV_MAX is 1024)
 _LARGEST_HELD_SEND = 32768  # bytes; to copy more takes so long that others may have the lock
 _FULL_READ = 65536  # bytes

@@ -643,6 +643,12 @@ def certificate_pem(kind):
         serialization.Encoding.PEM).decode()
 
 
+def of_no_version(certificate):
+    """A certificate (PEM) as it would be in a version that there is none of."""
+    data = ssl.PEM_cert_to_DER_cert(certificate)
+    return ssl.DER_cert_to_PEM_cert(data.replace(b"\xa0\3\2\1\2", b"\xa0\3\2\1\t", 1))
+
+
 def signed(kind, algorithm, kid=None, **claims):
     """A token for the channel a, signed by a private key."""
     return jwt.encode({"read": ["a"], **claims}, private_key(kind), algorithm,
@@ -789,9 +795,10 @@ def test_sighup_reads_the_keys_again_and_a_bad_file_changes_nothing(keys_file):
     (public_pem("secp256r1") + "-----BEGIN CERTIFICATE-----\nhush\n", "number 2"),
     (public_pem("secp256r1") + " " * (1 << 20), "more than"),
     (public_pem("rsa1024"), "2048"), (public_pem("secp256k1"), "number 1"),
+    (of_no_version(certificate_pem("rsa2048")), "number 1"),
     (private_key("secp256r1").private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption()).decode(), "number 1")], ids=range(9))
+        serialization.NoEncryption()).decode(), "number 1")], ids=range(10))
 def test_a_file_without_good_keys_ends_the_start_with_one_line_and_2(tmp_path, content, says):
     path = tmp_path / "keys.pem"
     if content is not None:
@@ -5445,7 +5452,7 @@ def test_what_is_no_websocket_server_is_an_error_that_callers_expect(answer):
 
 @pytest.mark.parametrize("host, errors", [
     ("127.0.0.1", ConnectionRefusedError), ("nowhere.invalid", OSError),
-    *[(host, (philote.PhiloteError, OSError)) for host in ("a..b", "a" * 70)]])
+    *[(host, philote.PhiloteError) for host in ("a..b", "a" * 70)]])
 def test_a_server_that_is_not_there_is_an_error_that_callers_expect(host, errors):
     url = free_url(host)
     with pytest.raises(errors):
@@ -6786,7 +6793,7 @@ def test_a_signal_ends_the_first_process_of_a_container():
 # philote check, philote health
 
 def test_check_says_what_the_server_would_do(provider, keys_file):
-    settings = {"SECRET": SECRET, "OLD_SECRET": "hush", "PUBLIC_KEYS": keys_file, "PORT": "81",
+    settings = {"SECRET": "s" * 32, "OLD_SECRET": "hush", "PUBLIC_KEYS": keys_file, "PORT": "81",
                 "MAX_CONNECTIONS": "7", "CHECK_ORIGIN": "https://a.example,https://b.example"}
     status, out, err = run("check", **settings)
     assert (status, err) == (0, "philote: OLD_SECRET has 4 characters; one of 32 or more cannot "
@@ -6979,7 +6986,7 @@ def test_subscribe_waits_for_a_server_with_growing_pauses_and_comes_back():
     (lambda end: end.upgrade + plain(8, 1000), "closed with 1000"),
     (lambda end: end.upgrade + plain(8, 1012), "closed with 1012"),
     (lambda end: end.upgrade[:end.upgrade.index(b"\r\n\r\n") + 4] + plain(8, 1012), "with 1012"),
-    (lambda end: b"HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n", "502"),
+    (lambda end: b"HTTP/1.1 500 No Gateway\r\nContent-Length: 0\r\n\r\n", "500"),
     (lambda end: b'HTTP/1.1 503 Full\r\nContent-Length: 24\r\n\r\n{"reason": "it is full"}',
      "it is full (HTTP 503); trying again")])
 def test_subscribe_comes_back_whatever_the_server_ends_with_and_says_so(answer, reason):
