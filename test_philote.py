@@ -6102,6 +6102,18 @@ def test_a_token_may_be_made_for_each_connection(server, proxy):
         assert client.receive(PATIENCE).data == 0
 
 
+@pytest.mark.parametrize("status, comes_back", [(499, False), (500, True)])
+def test_who_is_refused_for_a_fault_of_the_server_comes_back(quick, status, comes_back):
+    with answering(lambda end: end.send(end.upgrade),
+                   lambda end: end.send(b"HTTP/1.1 %d No\r\nContent-Length: 0\r\n\r\n" % status),
+                   lambda end: end.work(plain(1, stamped("here")))) as url:
+        with philote.Client(url, channels=[]) as client:
+            if comes_back:
+                assert client.receive(PATIENCE).data == "here"
+            else:
+                pytest.raises(philote.Unauthorized, client.receive, PATIENCE)
+
+
 def test_who_was_ended_comes_back_with_another_token_only(server, quick):
     def end_ann():
         wait_until(lambda: subscriber_count(server) == 1)
