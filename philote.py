@@ -493,6 +493,24 @@ class Key(NamedTuple):
             self.key, [name for name in self.algorithms if name == algorithm])
 
 
+class _PreparedHMAC(jwt.algorithms.HMACAlgorithm):
+    def prepare_key(self, key: Any) -> Any:
+        """Take what _Secret has prepared."""
+        return key
+
+
+class _Secret(jwt.PyJWK):
+    """A secret for one algorithm. Raises ValueError for a public key, a certificate or a JWK.
+
+    Where PyJWT is given bare bytes it looks for these at each token, for half of all its time.
+    """
+
+    def __init__(self, secret: str, name: str) -> None:
+        self.algorithm_name = name
+        self.Algorithm = _PreparedHMAC(getattr(hashlib, "sha" + name[2:]))
+        self.key = _signing_key(_parse_secret(secret))
+
+
 def _public_key(key: Any) -> Key:
     # By its own kind; keys that are too weak, private or secret are for no algorithm.
     from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
@@ -654,8 +672,17 @@ class Keyring:
         # Without any key of ours the empty secret verifies, as the original's clients sign with it.
         # Beside public keys it must not, for everybody knows it.
         secrets = [settings.secret, *filter(None, [settings.old_secret])]
-        self.secrets = [Key(_signing_key(secret), _HMAC) for secret in secrets
-                        if secret or settings.protected]
+        self.secrets = [Key(_Secret(secret, name), [name]) for secret in secrets
+                        if secret or settings.protected for name in _HMAC]
+        # As a rule one key is meant; to read the header first takes 11 us.
+        self.usual = self.secrets[0] if (
+            len(self.secrets) == len(_HMAC) and not settings.public_keys) else None
+        # PyJWT refuses a token that has `aud` unless it is told which one to expect; the original's
+        # clients may send any of these claims, and they mean nothing here.
+        self.verify: Callable[..., dict[str, Any]] = functools.partial(
+            jwt.decode, audience=settings.audience or None, issuer=settings.issuer or None,
+            options={"verify_aud": bool(settings.audience), "verify_iss": bool(settings.issuer),
+                     "verify_sub": False, "verify_jti": False})
         if settings.public_keys and not jwt.algorithms.has_crypto:
             raise ImportError("PUBLIC_KEYS needs the package cryptography; install it with: "
                               "pip install 'philote[keys]', or cryptography beside the file")
@@ -683,8 +710,6 @@ class Keyring:
             raise TokenError(f"the token is longer than {MAX_TOKEN_SIZE} bytes")
         try:
             claims = self._verify(token, wait)
-        except jwt.InvalidAlgorithmError:
-            raise _no_key_for(jwt.get_unverified_header(token)) from None
         except jwt.ExpiredSignatureError:
             raise TokenError("the token has expired") from None
         except jwt.ImmatureSignatureError:
@@ -700,20 +725,12 @@ class Keyring:
         return self._access_key(claims)
 
     def _verify(self, token: str, wait: _Wait) -> dict[str, Any]:
-        settings = self.settings
-        # PyJWT refuses a token that has `aud` unless it is told which one to expect; the original's
-        # clients may send any of these claims, and they mean nothing here.
-        options: Any = {
-            "verify_aud": bool(settings.audience), "verify_iss": bool(settings.issuer),
-            "verify_sub": False, "verify_jti": False}
-        keys = self.secrets
-        if len(keys) != 1 or settings.public_keys:  # to read the header takes 11 us
-            keys = self._find_keys(jwt.get_unverified_header(token), wait)
-        for key in keys:
+        if self.usual:
+            with contextlib.suppress(jwt.InvalidAlgorithmError):
+                return self.verify(token, *self.usual)
+        for key in self._find_keys(jwt.get_unverified_header(token), wait):
             with contextlib.suppress(jwt.InvalidSignatureError):
-                return jwt.decode(
-                    token, key.key, key.algorithms, options,
-                    audience=settings.audience or None, issuer=settings.issuer or None)
+                return self.verify(token, *key)
         raise jwt.InvalidSignatureError
 
     def _find_keys(self, header: Mapping[str, Any], wait: _Wait) -> list[Key]:
@@ -722,10 +739,9 @@ class Keyring:
             if not header.get("kid"):
                 raise TokenError("the token names no key (kid) of PUBLIC_KEYS")
             keys = [self.provider.find(header["kid"], wait)]
-        keys = [key for key in keys if algorithm in key.algorithms]
-        if not keys:
-            raise _no_key_for(header)
-        return keys
+        if keys := [key for key in keys if algorithm in key.algorithms]:
+            return keys
+        raise TokenError(f"the token is signed by {_shown(algorithm)}, and no key is for that")
 
     def _access_key(self, claims: dict[str, Any]) -> AccessKey:
         for name in ("exp", "nbf", "iat"):
@@ -738,11 +754,6 @@ class Keyring:
             raise TokenError(f"the token's claim {claim} must be an object (CLAIM)")
         return AccessKey(_channel_names(rights, "read"), _channel_names(rights, "write"), expires,
                          rights.get("api") is True, user if isinstance(user, str) else "")
-
-
-def _no_key_for(header: Mapping[str, Any]) -> TokenError:
-    return TokenError(
-        f"the token is signed by {_shown(header.get('alg'))}, and no key is for that")
 
 
 def _channel_names(claims: dict[str, Any], name: str) -> Names:
