@@ -5458,6 +5458,9 @@ class Client:
             parameters.append(("channel", name))
             if len(urllib.parse.urlencode(parameters)) > _LONGEST_QUERY:
                 later.append(parameters.pop()[1])
+        if later and not past:  # to join them takes what begins with a position
+            past = {"since": "now"}
+            parameters += past.items()
         try:
             link = self._open(parameters)
         except Unauthorized as error:
