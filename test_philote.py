@@ -4721,6 +4721,14 @@ def test_the_stream_is_cut_by_the_server_that_keeps_most(store, hasty):
         wait_until(lambda: store.do("MEMORY", "USAGE", "philote") < 250_000)
 
 
+def test_the_stream_is_cut_as_fast_as_it_may_grow(store, hasty):
+    store.do("CONFIG", "SET", "stream-node-max-entries", 1)  # Redis' own limit is 100 of these
+    store.do("EVAL", "for i = 1, 20000 do redis.call('XADD', KEYS[1], '*', 'a', 'b') end", 1,
+             "philote")
+    with running(redis_url=store.url, history_time=1):
+        wait_until(lambda: store.do("XLEN", "philote") < 5000)
+
+
 def test_entries_of_others_are_skipped_and_said_once(pair, store, caplog):
     with RawClient(pair[1], ["a"]) as reader:
         for fields in (["a", "b"], ["philote", "2", "server", "x", "number", "1", "channel", "a"],
