@@ -2691,6 +2691,9 @@ class Outbox:
             while self.unsent and len(taken) < _MOST_ENTRIES and size < _MOST_BYTES:
                 entry = self.unsent.popleft()
                 entry.sent = now
+                # Here, not where it is sent: take_back() may give it another one meanwhile, which
+                # would overtake lower ones of this batch.
+                entry.fields[5] = b"%d" % entry.number
                 size += entry.size
                 taken.append(entry)
         return taken
@@ -3019,8 +3022,6 @@ class RedisLog(Log):
     def _append(self, connection: Any, entries: Sequence[Outgoing]) -> None:
         # In a transaction: were one refused and the next taken, its number would be skipped.
         before = self.cursor
-        for entry in entries:
-            entry.fields[5] = b"%d" % entry.number
         ids = self._execute(connection, ("MULTI",), *(
             ("XADD", self.key, "*", *entry.fields) for entry in entries), ("EXEC",))
         self.written += len(entries)

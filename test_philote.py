@@ -4745,8 +4745,12 @@ def test_entries_of_others_are_skipped_and_said_once(pair, store, caplog):
     assert caplog.text.count("they are skipped") == 2  # once by each
 
 
+def outgoing():
+    return philote.Outgoing(b"philote 1 server x number 0 heartbeat {}".split())
+
+
 def test_what_the_log_lost_before_it_came_back_is_appended_anew():
-    outbox, entries = philote.Outbox(), [philote.Outgoing([b"x"]) for _ in range(4)]
+    outbox, entries = philote.Outbox(), [outgoing() for _ in range(4)]
     for entry in entries:
         outbox.put(entry)
     assert outbox.take(0) == entries and outbox.take_back(1) is entries[0]
@@ -4759,7 +4763,7 @@ def test_what_the_log_lost_before_it_came_back_is_appended_anew():
 
 
 def test_what_the_log_lost_is_appended_at_once():
-    outbox, entries = philote.Outbox(), [philote.Outgoing([b"x"]) for _ in range(2)]
+    outbox, entries = philote.Outbox(), [outgoing() for _ in range(2)]
     for entry in entries:
         outbox.put(entry)
     outbox.take(0)
@@ -4767,6 +4771,18 @@ def test_what_the_log_lost_is_appended_at_once():
         wait_until(lambda: outbox.changed._waiters)  # internal
         outbox.take_back(2)
         assert taken[0].result(PATIENCE) == [entries[0]]
+
+
+def test_what_is_under_way_keeps_the_numbers_that_it_was_taken_with():
+    outbox = philote.Outbox()
+    for _ in range(4):
+        outbox.put(outgoing())
+    outbox.take(0)
+    outbox.restore()  # the connection failed, though all may have arrived
+    under_way = outbox.take(0)
+    outbox.take_back(2)  # without that before it, which is number 5 from now on
+    assert [entry.fields[5] for entry in under_way] == [b"1", b"2", b"3", b"4"]
+    assert [entry.fields[5] for entry in outbox.take(0)] == [b"5"]
 
 
 def test_messages_that_may_be_lost_are_counted_right_in_a_channel_of_any_name():
