@@ -2786,6 +2786,7 @@ class RedisLog(Log):
         self.beating = False
         # The read thread's; others only look.
         self.cursor: EntryID = 0, 0  # of the last entry that was read
+        self.first = 0  # id of the first one
         # By server: its next number, and when it was heard of; what it said of itself, and when.
         self.expected: dict[bytes, tuple[int, float]] = {self.id: (1, math.inf)}
         self.servers: dict[bytes, tuple[dict[str, Any], float]] = {}
@@ -3119,6 +3120,7 @@ class RedisLog(Log):
             cursor = _parse_entry_id(text)
             first = cursor[0] << _COUNTER_BITS | cursor[1] << _INDEX_BITS
             if self.cursor == (0, 0):
+                self.first = first
                 self.history.floor = self.position = first - 1
             size += sum(map(len, fields))
             try:
@@ -3189,9 +3191,11 @@ class RedisLog(Log):
     def _is_next(self, server: bytes, number: int, first: int) -> bool:
         # Whether an entry is the next of its server; one that is missing is noticed by what the
         # same server appends next, a heartbeat at the latest. At the start we may come in the
-        # middle of any server's numbers; one that is met later has just started, with 1, or is told
-        # of as a gap (see _MOST_SERVERS).
-        new = 1 if self.ready.is_set() else number
+        # middle of any server's numbers, but the log cannot be longer by then than a server may be
+        # silent. One that is met later has just started, with 1, or is told of as a gap: the log
+        # has lost what it appended before, or we have forgotten it (see _MOST_SERVERS).
+        late = first > self.first + (int(1000 * _GONE_TIME) << _COUNTER_BITS)
+        new = 1 if late or self.ready.is_set() else number
         expected, _ = self.expected.get(server, (new, 0))
         if number < expected:
             return False

@@ -4409,6 +4409,17 @@ def test_a_redis_that_lost_its_memory_is_a_gap_for_everybody_and_goes_on(pair, s
             assert totals(server)["redis_gaps"] >= 1
 
 
+def test_a_server_that_starts_notices_that_redis_lost_all_of_who_appends_behind_the_hole(store):
+    now = int(1000 * time.time())
+    for ago, fields in (100, "x number 1 channel a"), (50, "y number 200 channel a"):
+        store.do("XADD", "philote", f"{now - 1000 * ago}-0", *f"philote 1 server {fields}".split(),
+                 "issuer", "i", "user", "", "message", '{"issuer":"i","channel":"a","data":1}')
+    with running(redis_url=store.url) as server:
+        for ago, resumed in (110, False), (75, False), (50, True), (40, True):
+            with Returner(server, ["a"], f"?since={now - 1000 * ago}-0") as client:
+                assert client.beginning["resumed"] is resumed, ago
+
+
 def test_a_clock_that_was_set_back_there_loses_nothing_that_is_not_told(store, hasty):
     future = f"{int(1000 * time.time()) + 3_600_000}-0"
     store.do("XADD", "philote", future, *"philote 1 server x number 0 lift".split(), "")
