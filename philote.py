@@ -2788,6 +2788,7 @@ class RedisLog(Log):
         self.cursor: EntryID = 0, 0  # of the last entry that was read
         self.first = 0  # id of the first one
         # By server: its next number, and when it was heard of; what it said of itself, and when.
+        self.ahead = 0  # how much the clock of Redis is ahead of ours, as an id
         self.expected: dict[bytes, tuple[int, float]] = {self.id: (1, math.inf)}
         self.servers: dict[bytes, tuple[dict[str, Any], float]] = {}
         # What others answered, by whom and to what; a dictionary is removed by who asked.
@@ -2949,6 +2950,14 @@ class RedisLog(Log):
 
     # Both threads
 
+    # The holder of the log's lock
+
+    def _look_back(self, past: Past, names: Names, kept: Iterable[str],
+                   seen: int) -> tuple[int, bool, list[int]]:
+        if past.since and past.partly:  # it was reckoned from our clock
+            past = past._replace(since=max(0, past.since + self.ahead))
+        return super()._look_back(past, names, kept, seen)
+
     def _keep(self, work: Callable[[Any], None]) -> None:
         # Works with a connection of its own, and with a new one when that fails.
         while not self.closing.is_set():
@@ -3027,15 +3036,16 @@ class RedisLog(Log):
             ("XADD", self.key, "*", *entry.fields) for entry in entries), ("EXEC",))
         self.written += len(entries)
         if _parse_entry_id(ids[0]) <= before:
-            self._lift(connection, before)
+            self._lift(connection, before, ids)
 
-    def _lift(self, connection: Any, before: EntryID) -> None:
+    def _lift(self, connection: Any, before: EntryID, ids: Sequence[bytes]) -> None:
         # This log is behind what was read: it is another one, or its clock was set back. Whoever
         # reads asks for what is above the last id that it has, and would never see what we append.
         # Behind an entry with a higher id Redis counts on from there; who reads it knows that
-        # something may be missing.
+        # something may be missing. What was just appended in front of it is withdrawn: who starts
+        # would read it there, forget it at the gap, and drop it where it is appended again.
         with contextlib.suppress(self.redis.ResponseError):  # another server was faster
-            self._execute(connection, (
+            self._execute(connection, ("XDEL", self.key, *ids), (
                 "XADD", self.key, f"{before[0]}-{before[1] + 1}",
                 *_FORMAT, "server", self.id, "number", 0, "lift", ""))
         self.outbox.restore()
@@ -3187,6 +3197,7 @@ class RedisLog(Log):
                 touched[own.connection] = None
             self._recover(own)
             self.ready.set()
+            self.ahead = first - _now()
 
     def _is_next(self, server: bytes, number: int, first: int) -> bool:
         # Whether an entry is the next of its server; one that is missing is noticed by what the

@@ -4438,6 +4438,35 @@ def test_a_clock_that_was_set_back_there_loses_nothing_that_is_not_told(store, h
         assert near.receive()["id"] == far.receive()["id"] == third
 
 
+def test_what_had_to_be_appended_again_is_not_lost_to_a_server_that_starts_later(store):
+    future = f"{int(1000 * time.time()) + 3_600_000}-0"
+    store.do("XADD", "philote", future, *"philote 1 server x number 0 lift".split(), "")
+    with running(redis_url=store.url) as one, Returner(one, ["a"], "?since=now") as near:
+        store.do("FLUSHALL")  # from now on it gives ids of an hour before
+        publish_to(one, "a", 7)
+        gap = near.receive()["gap"]["id"]
+        while "gap" in (item := near.receive()):
+            pass
+        assert item["data"] == 7
+        with running(redis_url=store.url) as two, Returner(two, ["a"], "?since=" + gap) as client:
+            assert not client.beginning["resumed"] or client.receive()["id"] == item["id"]
+
+
+def test_a_time_that_is_asked_for_is_that_of_redis(store, monkeypatch):
+    with running(redis_url=store.url) as server:
+        real = philote._now  # internal
+        for hours in 2, -2:
+            monkeypatch.setattr(philote, "_now", lambda: real() + (hours * 3_600_000 << 64))
+            position, = publish_to(server, "a", hours)
+            with Returner(server, ["a"], "?since=1h") as client:
+                while client.receive()["id"] != position:
+                    pass
+            monkeypatch.setattr(philote, "parse_duration", lambda _: 0)
+            with Returner(server, ["a"], "?since=1h") as client:
+                assert client.is_quiet()
+            monkeypatch.undo()
+
+
 def test_a_replica_that_lagged_and_was_promoted_is_a_gap_where_something_is_missing(
         store, tmp_path, hasty):
     with Redis(tmp_path / "replica", "--replicaof", "127.0.0.1", str(store.port)) as replica, \
