@@ -2784,6 +2784,7 @@ class RedisLog(Log):
         # Whether a heartbeat is on its way: set by the append thread, undone by the read thread, so
         # that none pile up during a break.
         self.beating = False
+        self.leaving = False  # whether all heartbeats from now on are the last
         # The read thread's; others only look.
         self.cursor: EntryID = 0, 0  # of the last entry that was read
         self.first = 0  # id of the first one
@@ -2877,7 +2878,8 @@ class RedisLog(Log):
 
     def drain(self, deadline: float) -> None:
         """Take leave, and wait until all that was published has come back."""
-        self.outbox.put(self._make_heartbeat(gone=True))
+        self.leaving = True
+        self.outbox.put(self._make_heartbeat())
         while ((lost := self.outbox.count_messages()) or self.outbox.entries and not self.reason
                ) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -3004,10 +3006,11 @@ class RedisLog(Log):
         with self.outbox.changed:
             if not self.failure or entry.sent <= self.failed_at:
                 return
-            self.failure, now = "", time.monotonic()
-        for server, (about, heard) in self.servers.items():  # nobody could be heard meanwhile
-            if heard > self.failed_at - _GONE_TIME:
-                self.servers[server] = about, now
+            now = time.monotonic()
+            for server, (about, heard) in self.servers.items():  # nobody could be heard meanwhile
+                if heard > self.failed_at - _GONE_TIME:
+                    self.servers[server] = about, now
+            self.failure = ""  # behind that: see _living()
         seconds = now - self.failed_at
         log.info("Redis at %s is there again after %.1f seconds", self.address, seconds)
 
@@ -3059,7 +3062,7 @@ class RedisLog(Log):
             self.breaks += 1
             raise NothingCameBack
 
-    def _make_heartbeat(self, gone: bool = False) -> Outgoing:
+    def _make_heartbeat(self) -> Outgoing:
         with self.lock:
             self.history.trim(self.now)
             kept = max(self.history.floor, self.now - self.history.time)
@@ -3067,7 +3070,7 @@ class RedisLog(Log):
         floor = min((kept >> _COUNTER_BITS, (kept & _COUNTER) >> _INDEX_BITS), self.cursor)
         about = {
             "id": self.id.decode(), "host": platform.node(), "version": __version__,
-            "connections": connections, "since": self.began, "gone": gone,
+            "connections": connections, "since": self.began, "gone": self.leaving,
             "floor": "{}-{}".format(*floor)}
         return self._make_entry(b"heartbeat", about)
 
@@ -3231,7 +3234,7 @@ class RedisLog(Log):
     def _receive_heartbeat(self, server: bytes, about: dict[str, Any]) -> None:
         if server == self.id:
             self.beating = False  # first of all: else there would never be another
-            if about["gone"]:
+            if about["gone"] and not self.outbox.entries:  # some may be appended anew
                 self.closing.set()
         now = time.monotonic()
         self.servers[server] = about, -math.inf if about["gone"] else now

@@ -4769,6 +4769,36 @@ def test_the_stream_is_cut_as_fast_as_it_may_grow(store, hasty):
         wait_until(lambda: store.do("XLEN", "philote") < 5000)
 
 
+def test_behind_a_break_the_stream_is_not_cut_past_who_was_not_heard_meanwhile():
+    class Servers(dict):
+        def items(self):  # is asked for while they are taken to live again
+            floors.append(server._find_floor())  # internal
+            return super().items()
+
+    floors, now = [], time.monotonic()
+    server = philote.RedisLog(philote.Settings(redis_url="redis://localhost"))
+    server.servers = Servers(other=({"floor": "1-0"}, now - 90), own=({"floor": "9-0"}, now))
+    server.failure, server.failed_at = "away", now - 80
+    entry = outgoing()
+    entry.sent = now
+    server._recover(entry)
+    assert not server.failure and [*floors, server._find_floor()] == ["1-0", "1-0"]
+
+
+def test_who_took_leave_does_not_come_to_life_again_and_appends_what_the_log_lost():
+    server = philote.RedisLog(philote.Settings(redis_url="redis://localhost"))
+    server.outbox.put(outgoing())
+    server.drain(0)
+    last = json.loads(server._make_heartbeat().fields[7])  # internal
+    assert last["gone"] is True
+    server.outbox.take_back(2)  # without the one before it
+    server._receive_heartbeat(server.id, last)
+    assert not server.closing.is_set()
+    server.outbox.take_back(3)
+    server._receive_heartbeat(server.id, last)
+    assert server.closing.is_set()
+
+
 def test_entries_of_others_are_skipped_and_said_once(pair, store, caplog):
     with RawClient(pair[1], ["a"]) as reader:
         for fields in (["a", "b"], ["philote", "2", "server", "x", "number", "1", "channel", "a"],
