@@ -3091,7 +3091,8 @@ class RedisLog(Log):
     # The reading thread
 
     def _read_forever(self, connection: Any) -> None:
-        self._look_at_server(connection)
+        if not self.ready.is_set():
+            self._look_at_server(connection)
         if self.cursor != (0, 0):
             oldest = self._execute(connection, ("XRANGE", self.key, "-", "+", "COUNT", 1))
             if not oldest or _parse_entry_id(oldest[0][0]) > self.cursor:
@@ -3121,7 +3122,7 @@ class RedisLog(Log):
             self.fatal = PhiloteError(
                 f"Redis at {self.address} is {version[0][14:]}; 6.2 or later is needed")
         policy = re.search(r"^maxmemory_policy:(allkeys\S*)", about, re.MULTILINE)
-        if policy and not self.ready.is_set():
+        if policy:
             log.warning("Redis at %s may throw the log away (maxmemory-policy %s); set: "
                         "maxmemory-policy noeviction", self.address, policy[1])
 

@@ -4876,6 +4876,20 @@ def test_a_redis_that_is_too_old_is_refused_though_it_serves_at_once(store, monk
         server.begin(lambda: False)
 
 
+def test_a_server_that_runs_logs_failures_also_behind_a_redis_that_is_too_old(
+        store, hasty, monkeypatch, caplog):
+    caplog.set_level(logging.INFO, "philote")
+    with running(redis_url=store.url) as server:
+        real = server.log._execute  # internal
+        monkeypatch.setattr(server.log, "_execute", lambda connection, *commands: (
+            b"redis_version:6.0.9" if commands == (("INFO",),) else real(connection, *commands)))
+        store.do("CLIENT", "KILL", "TYPE", "normal")
+        wait_until(lambda: "is there again" in caplog.text)
+        caplog.clear()
+        store.kill()
+        wait_until(lambda: "it is tried again until it works" in caplog.text)
+
+
 def test_a_redis_that_evicts_is_told_of_at_the_start(store, caplog):
     store.do("CONFIG", "SET", "maxmemory-policy", "allkeys-lru")
     with running(redis_url=store.url) as server:
