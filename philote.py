@@ -2788,8 +2788,8 @@ class RedisLog(Log):
         # The read thread's; others only look.
         self.cursor: EntryID = 0, 0  # of the last entry that was read
         self.first = 0  # id of the first one
-        # By server: its next number, and when it was heard of; what it said of itself, and when.
         self.ahead = 0  # how much the clock of Redis is ahead of ours, as an id
+        # By server: its next number, and when it was heard of; what it said of itself, and when.
         self.expected: dict[bytes, tuple[int, float]] = {self.id: (1, math.inf)}
         self.servers: dict[bytes, tuple[dict[str, Any], float]] = {}
         # What others answered, by whom and to what; a dictionary is removed by who asked.
@@ -2950,8 +2950,6 @@ class RedisLog(Log):
         for subscriber in ended:
             subscriber.end(CloseReason.SERVICE_RESTART, "messages may be missing")
 
-    # Both threads
-
     # The holder of the log's lock
 
     def _look_back(self, past: Past, names: Names, kept: Iterable[str],
@@ -2959,6 +2957,8 @@ class RedisLog(Log):
         if past.since and past.partly:  # it was reckoned from our clock
             past = past._replace(since=max(0, past.since + self.ahead))
         return super()._look_back(past, names, kept, seen)
+
+    # Both threads
 
     def _keep(self, work: Callable[[Any], None]) -> None:
         # Works with a connection of its own, and with a new one when that fails.
@@ -3197,11 +3197,11 @@ class RedisLog(Log):
             for index, tell in tells:  # they are in the log; some may have been told already
                 tell(first + index, 0)
         if own:
+            self.ahead = first - _now()
             if own.tells and own.connection:
                 touched[own.connection] = None
             self._recover(own)
             self.ready.set()
-            self.ahead = first - _now()
 
     def _is_next(self, server: bytes, number: int, first: int) -> bool:
         # Whether an entry is the next of its server; one that is missing is noticed by what the
