@@ -2927,6 +2927,8 @@ class RedisLog(Log):
         Who gets ids is told, and may ask again. Who gets none could not know what is missing, and
         is disconnected. What was kept is forgotten: to go through it would pass over the gap.
         """
+        if position & _COUNTER == _COUNTER:  # in front of a whole millisecond
+            position -= 1 << _COUNTER_BITS - 1  # no client could come back with 20 digits
         if self.ready.is_set():
             log.error("Redis: messages may be missing, all subscribers are told")
         told, ended = list[Connection](), list[Subscriber]()

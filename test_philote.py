@@ -4665,6 +4665,18 @@ def test_a_gap_comes_before_what_is_behind_it_to_who_is_catching_up_too(store, h
         assert "gap" in seen
 
 
+def test_a_client_may_come_back_with_the_id_of_any_gap(store):
+    with running(redis_url=store.url) as server:
+        with Returner(server, ["a"], "?since=now") as client:
+            for number in 1, 3:  # what is between is missing
+                store.do("XADD", "philote", "*", *f"philote 1 server x number {number}".split(),
+                         "ended", '{"ask": "", "count": 0}')
+            gap = client.receive()["gap"]["id"]
+        position, = publish_to(server, "a")
+        with Returner(server, ["a"], "?since=" + gap) as client:
+            assert client.beginning["resumed"] and client.receive()["id"] == position
+
+
 def test_a_server_waits_for_redis_at_its_start_and_can_be_ended_meanwhile(store, tmp_path):
     store.kill()
     environ = {"SECRET": SECRET, "HOST": "127.0.0.1", "PORT": "0", "REDIS_URL": store.url}
