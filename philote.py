@@ -2788,6 +2788,9 @@ class RedisLog(Log):
         # The read thread's; others only look.
         self.cursor: EntryID = 0, 0  # of the last entry that was read
         self.first = 0  # id of the first one
+        # The log was emptied, or cut past the cursor. That is a gap up to the next entry that is
+        # read, whose id tells how far: others may have read more of what is gone.
+        self.cut = False
         self.ahead = 0  # how much the clock of Redis is ahead of ours, as an id
         # By server: its next number, and when it was heard of; what it said of itself, and when.
         self.expected: dict[bytes, tuple[int, float]] = {self.id: (1, math.inf)}
@@ -2934,6 +2937,7 @@ class RedisLog(Log):
         told, ended = list[Connection](), list[Subscriber]()
         with self.lock:
             self.losses += self.ready.is_set()
+            self.cut = False
             self.position = max(self.position, position)
             self.history.clear(self.position)
             for connection in self.issuers.values():
@@ -3097,8 +3101,7 @@ class RedisLog(Log):
             self._look_at_server(connection)
         if self.cursor != (0, 0):
             oldest = self._execute(connection, ("XRANGE", self.key, "-", "+", "COUNT", 1))
-            if not oldest or _parse_entry_id(oldest[0][0]) > self.cursor:
-                self.tell_gap(self.position + 1)  # it was emptied, or cut past us
+            self.cut |= not oldest or _parse_entry_id(oldest[0][0]) > self.cursor
         breaks, count = self.breaks, 10
         while not self.closing.is_set():
             if breaks != self.breaks:
@@ -3216,7 +3219,7 @@ class RedisLog(Log):
         expected, _ = self.expected.get(server, (new, 0))
         if number < expected:
             return False
-        if number > expected:
+        if number > expected or self.cut:
             self.tell_gap(first - 1)
         self.expected[server] = number + 1, time.monotonic()
         return True

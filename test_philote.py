@@ -4420,6 +4420,19 @@ def test_a_server_that_starts_notices_that_redis_lost_all_of_who_appends_behind_
                 assert client.beginning["resumed"] is resumed, ago
 
 
+def test_what_others_had_read_of_a_log_that_was_lost_is_missing_at_who_had_not(store, hasty):
+    with Proxy(store) as proxy, running(redis_url=through(proxy)) as late:
+        with running(redis_url=store.url) as other:
+            publish_to(other, "a")
+            proxy.flows.clear()  # the first server sees nothing of what comes now
+            (since,), _ = publish_to(other, "a", 1), publish_to(other, "a", 2)
+        store.do("FLUSHALL")
+        proxy.cut()
+        proxy.flows.set()
+        with Returner(late, ["a"], "?since=" + since) as client:
+            assert not client.beginning["resumed"]
+
+
 def test_a_clock_that_was_set_back_there_loses_nothing_that_is_not_told(store, hasty):
     future = f"{int(1000 * time.time()) + 3_600_000}-0"
     store.do("XADD", "philote", future, *"philote 1 server x number 0 lift".split(), "")
