@@ -1958,6 +1958,7 @@ _KEPT_OVERHEAD = 64  # bytes that Python takes to keep a message, beside its JSO
 _GROUP_OVERHEAD = 250  # and to keep together what was published together
 _CHANNEL_OVERHEAD = 900  # and to keep the groups of a channel, beside its name
 _MAX_PATTERN_SIZE = 256  # characters: each size that anybody joined is looked for at each message
+_LONG_NAME = 1024  # characters; so many on average may the names have that a connection has joined
 
 
 def encode_id(position: int) -> str:
@@ -2025,10 +2026,13 @@ class Encoder:
 
 
 def check_subscriptions(names: Names, settings: Settings) -> None:
-    """Refuse more subscriptions of one connection than are allowed, or patterns too long."""
+    """Refuse more subscriptions of one connection than are allowed, or names too long."""
     if len(names) > settings.max_subscriptions:
         raise Refused(f"a connection may have {settings.max_subscriptions} subscriptions, not "
                       f"{len(names)} (MAX_SUBSCRIPTIONS)", "too_many")
+    if sum(map(len, names)) > (most := _LONG_NAME * settings.max_subscriptions):
+        raise Refused(f"the names of a connection's subscriptions may have {most} characters in "
+                      "all", "too_many")
     if any(len(prefix) > _MAX_PATTERN_SIZE for prefix in names.prefixes):
         raise Refused(f"a pattern may have {_MAX_PATTERN_SIZE} characters")
 
@@ -2485,7 +2489,7 @@ class Log:
 
 _LARGEST_GATHERED = 65536  # bytes
 _MOST_GATHERED = 1 << 20  # bytes, whatever WRITE_BUFFER_SIZE is; see also _INDEX_BITS
-_MAX_HEADS = 1000
+_MAX_HEADS = 1000  # of channels whose names are not long: a name may be as large as a message
 
 
 class Batch:
@@ -2520,10 +2524,11 @@ class Batch:
             self.channel = channel
         head = self.heads.get(channel)
         if head is None:
-            if len(self.heads) >= _MAX_HEADS:
-                self.heads.clear()
-            head = self.heads[channel] = (
-                f'{{"issuer":"{self.issuer}",{self.user.decode()}"channel":{_quoted(channel)}')
+            head = f'{{"issuer":"{self.issuer}",{self.user.decode()}"channel":{_quoted(channel)}'
+            if len(channel) <= _LONG_NAME:
+                if len(self.heads) >= _MAX_HEADS:
+                    self.heads.clear()
+                self.heads[channel] = head
         payload = (f'{head},"data":{data}}}' if data else head + "}").encode()
         if tell:
             self.tells.append((len(self.payloads), tell))

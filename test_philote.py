@@ -3729,8 +3729,9 @@ def test_subscriptions_are_all_or_none_and_bounded():
         assert "subscribed" in client.ask(subscribe=["a1", "a1", "b"])
         assert client.ask(subscribe=["a2"])["error"] == "too_many"
         assert "unsubscribed" in client.ask(unsubscribe=["a*"])
+        assert client.ask(subscribe=["a" + "x" * 3 * 1024])["error"] == "too_many"
         assert "subscribed" in client.ask(subscribe=["a2"])
-        assert metrics_of(server)["errors_total too_many"] == 2
+        assert metrics_of(server)["errors_total too_many"] == 3
 
 
 def test_what_matches_several_subscriptions_comes_once(server):
@@ -3764,7 +3765,10 @@ def test_a_publisher_to_any_number_of_channels_is_held_in_bounds(server):
             writer.publish(str(i), "x")
         assert writer.is_quiet()
         websocket, = (c.handler for c in server.admission.connections())
-        assert len(websocket.batch.heads) <= 1000
+        assert 0 < len(websocket.batch.heads) <= 1000
+        for i in range(10):
+            writer.publish("x" * 100_000 + str(i), "x")
+        assert writer.is_quiet() and sum(map(len, websocket.batch.heads)) < 100_000
 
 
 ANY_DATA = [0, -1, 1.5, 10**40, 1e-300, True, False, [], {}, [None], {"a": {"b": [1, "\u00e9"]}},
