@@ -1370,6 +1370,9 @@ class SwitchInterval:
 CLOSING_TIME = 3  # seconds that a peer has to answer our end of the connection with its own
 _OVERHEAD = 64  # bytes that Python takes for an entry of a queue, beside its data
 _SMALL = 1024  # bytes; smaller entries that wait are put together
+# Why something cannot be written. What was taken to be written is lost then, so the connection
+# ends; the thread that wrote it is another's, and goes on.
+_FAILURES = OSError, MemoryError
 # The queue of all whose socket was never full; their own would be 0.8 KiB for each. _append() gives
 # them that; this one takes nothing in, so a mistake would not reach another connection.
 _NOTHING: collections.deque[bytes | memoryview] = collections.deque(maxlen=0)
@@ -1681,12 +1684,12 @@ class Connection:
         elif not self.pending:  # somebody else has written it meanwhile
             return False
         else:  # the common case: nothing waits, and the socket takes it all
-            data = self.pending.pop(0)
-            if self.pending:
-                data = b"".join([data, *self._take_pending()])
             try:
+                data = self.pending.pop(0)
+                if self.pending:
+                    data = b"".join([data, *self._take_pending()])
                 sent = self.transport.send(data)
-            except OSError:
+            except _FAILURES:
                 self._give_up()
                 return False
             self.sent += sent
@@ -1730,7 +1733,7 @@ class Connection:
             try:
                 sent = self.transport.send_all(
                     list(itertools.islice(self.unsent, _BUFFERS_PER_WRITE)))
-            except OSError:
+            except _FAILURES:
                 self._give_up()
             else:
                 self._drop(sent)
@@ -1890,13 +1893,13 @@ class Poller(threading.Thread):
                     self.wake_up.recv(4096)
             else:
                 self.selector.unregister(key.fileobj)
-                self._try(key.data.resume)
+                self._try(key.data, key.data.resume)
 
     def _serve_requests(self) -> None:
         with self.lock:
             requests, self.requests = self.requests, []
         for connection in requests:
-            self._try(self._watch, connection)
+            self._try(connection, self._watch, connection)
 
     def _watch(self, connection: Connection) -> None:
         sock = connection.transport.sock
@@ -1912,7 +1915,7 @@ class Poller(threading.Thread):
     def _call_due(self) -> None:
         now = time.monotonic()
         for connection in self._take_due(now):
-            again = self._try(connection.on_deadline, now)
+            again = self._try(connection, connection.on_deadline, now)
             if again is not None:
                 self.call_at(connection, again)
 
@@ -1925,12 +1928,14 @@ class Poller(threading.Thread):
                     connections.append(self.deadlines.pop(number)[1])
         return connections
 
-    def _try(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        # Each piece of work begins here: an error in one must not cost the others their turn.
+    def _try(self, connection: Connection, work: Callable[..., Any], *arguments: Any) -> Any:
+        # Each piece of work begins here: an error in one must not cost the others their turn. It
+        # ends its own connection, which may have no deadline any more, or wait for room in vain.
         try:
             return work(*arguments)
         except Exception:
             log.exception("poller: unexpected error")
+            connection.abort()
 
     def _close(self) -> None:
         self.selector.close()
@@ -2083,8 +2088,8 @@ class History:
             self.size += sys.getsizeof(name) + _CHANNEL_OVERHEAD
         kept = self.by_name[name]
         group = first, kept[0], payloads, size
+        self.groups.append(group)  # first, as it may take much memory
         kept[1].append(group)
-        self.groups.append(group)
         self.count += len(payloads)
         self.size += size
         if self.size > self.limit or self.groups[self.start][0] < first - self.time:
@@ -2248,22 +2253,28 @@ class Log:
         encoded = {encoder: encoder.encode(bare) for encoder in seeming if not encoder.with_ids}
         with self.lock:
             first = first or max(self.position + 1, _now())
-            self.position = first + len(payloads) - 1
+            groups = (self._find_groups(name) if self.prefix_sizes else
+                      self.joined[name] if name in self.joined else {})
+            # What takes memory comes first: where there is none, the messages are nobody's yet, and
+            # Batch publishes them once more.
+            for encoder, group in groups.items():
+                touched.update(group)
+                if encoder not in encoded:  # once for all of them
+                    encoded[encoder] = encoder.encode(
+                        enumerate(payloads, first) if encoder.with_ids else bare)
+            position = first + len(payloads) - 1
             if self.history.limit:
                 self.history.append(first, name, payloads)
             else:
-                self.history.floor = self.position
+                self.history.floor = position
+            self.position = position
             own = self.issuers[issuer] if issuer in self.issuers else None
-            groups = (self._find_groups(name) if self.prefix_sizes else
-                      self.joined[name] if name in self.joined else {})
             for encoder, group in groups.items():
-                data = encoded.get(encoder) or encoder.encode(  # once for all of them
-                    enumerate(payloads, first) if encoder.with_ids else bare)
+                data = encoded[encoder]
                 receivers += len(group) - (own in group)
                 for connection, put in group.items():
                     if connection is not own:
                         put(data)
-                touched.update(group)
             self.delivered += receivers * len(payloads)
             for index, tell in tells:
                 tell(first + index, receivers)
