@@ -2298,8 +2298,10 @@ class Log:
         `live` is what the subscriber has joined before. `before` and `after` make what is queued in
         front and behind, of the position that it stands for, and whether nothing is missing there.
         """
-        connection = subscriber.connection
-        self.wait_until(0 if past.partly else past.since or 0)
+        connection, since = subscriber.connection, 0 if past.partly else past.since or 0
+        if since > self.position:
+            connection.flush()  # the head of an answer: who may have to wait is let in
+        self.wait_until(since)
 
         def begin(position: int, resumed: bool) -> None:
             self.resumed += resumed and past.since is not None

@@ -1649,10 +1649,13 @@ def unserved():
 class Due:
     """Something for the poller to call: it notes when, and asks for the next times."""
 
-    forgotten = False
+    forgotten = aborted = False
 
     def __init__(self, number, *again):
         self.number, self.again, self.calls = number, list(again), []
+
+    def abort(self):
+        self.aborted = True
 
     def on_deadline(self, now):
         self.calls.append(now)
@@ -1671,6 +1674,7 @@ def test_the_poller_calls_who_is_due_and_outlives_an_error(unserved, caplog):
     poller.start()
     wait_until(lambda: len(again.calls) == 3 and early.calls)
     assert len(early.calls) == len(bad.calls) == 1 and not forgotten.calls
+    assert bad.aborted and not again.aborted  # it would never be called again
     assert again.calls[0] >= now + 0.02 and again.calls[2] >= now + 0.2
     assert now + 0.04 <= early.calls[0] < now + 0.3 + PATIENCE and "OSError" in caplog.text
 
@@ -1775,6 +1779,19 @@ def test_what_a_full_connection_holds_back_is_counted_to_the_byte(unserved):
         connection.finish(b"last", discard=True)
         expected = sum(len(data) + philote._OVERHEAD for data in connection.unsent)
         assert connection.unsent and connection.size == expected
+
+
+@pytest.mark.parametrize("name, write", [
+    ("send", lambda c: c.resume() or c.put(b"x") or c.flush()), ("send_all", lambda c: c.resume())])
+def test_who_cannot_be_written_to_for_want_of_memory_ends_and_who_writes_goes_on(
+        unserved, monkeypatch, name, write):
+    def fail(*_):
+        raise MemoryError
+    with full_connection(unserved) as (connection, theirs):
+        read_what_is_there(theirs)
+        monkeypatch.setattr(philote.Transport, name, fail)
+        write(connection)
+        assert connection.state is philote.CLOSING and not connection.size
 
 
 # Who waits for which lock: what it guards is said where it is made.
@@ -4027,6 +4044,35 @@ def test_an_acknowledgement_comes_before_a_message_with_a_higher_id(server, monk
     assert answer["published"]["ref"] == "1" and message["channel"] == "b"
 
 
+def test_what_there_is_no_memory_to_keep_is_not_half_kept():
+    class Full(list):
+        def append(self, _):
+            raise MemoryError
+
+    log, names = philote.Log(philote.Settings()), philote.Names("a")
+    log.history.groups = Full()
+    with pytest.raises(MemoryError):
+        log.append("a", [b"{1}"], "x", b"", {})
+    log.history.groups = []
+    log.append("a", [b"{2}"], "x", b"", {})
+    found, _, _ = log.read(names, philote.Past(None, False, 9, True), 1 << 20)
+    assert found == [(log.position, b"{2}")]
+
+
+def test_what_there_was_no_memory_to_encode_for_some_comes_to_all_once(
+        server, reader, writer, monkeypatch):
+    def fail(_):
+        monkeypatch.undo()
+        raise MemoryError
+
+    with Returner(server, ["a"]) as client:
+        monkeypatch.setattr(philote, "encode_entries", fail)
+        writer.publish("a", "one")
+        assert writer.read_close() == 1011
+        publish_to(server, "a")
+        assert reader.receive_data(2) == client.receive_data(2) == ["one", 0]
+
+
 def test_the_history_is_that_of_a_plain_list(restless):
     """Compare pieces and the last of each channel with a list that is cut from its beginning."""
     log, kept, rng = philote.Log(philote.Settings(history_size=150_000)), [], random.Random(7)
@@ -4307,12 +4353,12 @@ def test_a_client_resumes_on_another_server_and_on_one_that_starts_later(pair, s
 
 def test_a_position_that_another_server_was_quicker_to_reach_is_waited_for(pair, store):
     one, two = pair
-    with Proxy(store) as proxy, running(redis_url=through(proxy)) as slow:
+    with Proxy(store) as proxy, running(redis_url=through(proxy), ping_interval=0) as slow:
         proxy.flows.clear()
         position, = publish_to(one, "a", 1)
-        threading.Timer(0.1, proxy.flows.set).start()
-        with Returner(slow, ["a"], "?since=" + position) as client:
-            assert client.beginning["resumed"]
+        with RawClient(slow, ["a"], query="?since=" + position) as client:  # it is let in at once
+            proxy.flows.set()
+            assert client.receive()["connected"]["resumed"]
 
 
 def disturb_nothing(store, proxy):
