@@ -2126,59 +2126,49 @@ class History:
             del groups[:at]
             self.start = 0
 
-    def behind(self, position: int, names: Names, live: Names, begun: int,
-               ) -> tuple[list[Entry], int]:
+    def behind(self, position: int, names: Names, lasts: Mapping[str, int], live: Names,
+               begun: int) -> tuple[list[Entry], int]:
         """Read a piece of what lies behind an id; returns it, and how far that is.
 
-        What was published since `begun` is left out where it is among `live`, which the subscriber
-        had joined before: it is in his queue, and would come twice.
+        Of the channels in `lasts`, see last(), only what begins there. What was published since
+        `begun` is left out where it is among `live`, which the subscriber had joined before: it is
+        in his queue, and would come twice.
         """
         prefixes, begin = names.prefixes, self._index(position + 1)
         groups = self.groups[begin:begin + _SCAN // (1 + len(prefixes) // 10) + 1]
-        entries, full = self._gather(
-            (number, payload) for first, name, payloads, _ in groups
+        entries, size = list[Entry](), 0
+        for first, name, payloads, _ in groups:
             if (name in names or prefixes and name.startswith(prefixes)) and not (
-                live and first > begun and live.cover(name))
-            for number, payload in enumerate(payloads, first) if number > position)
-        if not full and groups:
-            position = max(position, _last_id(groups[-1]))
-        return entries, entries[-1][0] if full else position
+                    live and first > begun and live.cover(name)):
+                least = max(position + 1, lasts.get(name, 0))
+                for number, payload in enumerate(payloads, first):
+                    if number >= least:
+                        entries.append((number, payload))
+                        size += len(payload)
+                        if size >= self.piece:
+                            return entries, number
+        return entries, max(position, _last_id(groups[-1])) if groups else position
 
     def ends_at(self, position: int) -> bool:
         """Whether nothing lies behind an id."""
         return not self.count or position >= _last_id(self.groups[-1])
 
-    def find(self, ids: Iterable[int]) -> list[Entry]:
-        """Read a piece of the messages with these ids, which are kept and rise."""
-        def read(position: int) -> Entry:
-            first, _, payloads, _ = self.groups[self._index(position)]
-            return position, payloads[position - first]
-
-        return self._gather(map(read, ids))[0]
-
-    def last(self, count: int, names: Iterable[str]) -> list[int]:
-        """List the ids of the last messages of each channel."""
-        found: list[int] = []
-        for name in names if count else ():
+    def last(self, count: int, names: Iterable[str]) -> dict[str, int]:
+        """Find the ids at which the last so many messages of each channel begin."""
+        lasts: dict[str, int] = {}
+        for name in names:
             if name in self.by_name:
-                found += itertools.islice(
-                    (position for first, _, payloads, _ in reversed(self.by_name[name][1])
-                     for position in reversed(range(first, first + len(payloads)))), count)
-        return sorted(found)
+                left = count
+                for first, _, payloads, _ in reversed(self.by_name[name][1]):
+                    left -= len(payloads)
+                    if left <= 0:
+                        break
+                lasts[name] = first - min(left, 0)
+        return lasts
 
     def names_behind(self, position: int) -> set[str]:
         """List the channels of all that lies behind an id, and perhaps of the group before it."""
         return {name for _, name, _, _ in self.groups[self._index(position + 1):]}
-
-    def _gather(self, found: Iterable[Entry]) -> tuple[list[Entry], bool]:
-        # As many as make a piece, and whether they do.
-        entries, size = list[Entry](), 0
-        for entry in found:
-            entries.append(entry)
-            size += len(entry[1])
-            if size >= self.piece:
-                return entries, True
-        return entries, False
 
     def _index(self, position: int) -> int:
         # Of the group that has this id or, if that is forgotten, the first of all. What is gone is
@@ -2413,20 +2403,18 @@ class Log:
     # The holder of the lock
 
     def _look_back(self, past: Past, names: Names, kept: Iterable[str],
-                   seen: int) -> tuple[int, bool, list[int]]:
-        # Where a replay begins, whether nothing is missing there, and which ids come before it.
+                   seen: int) -> tuple[int, bool, dict[str, int]]:
+        # Where a replay begins, whether nothing is missing there, and what comes before it.
         self.history.trim(self.now)
         # An id that was not given out yet is another log's, or a wrong clock's.
         met = past.since is None or self.history.floor <= past.since and (
             past.partly or past.since <= self.position)
-        position = self.position
         if past.since is not None and (met or past.partly):
-            position = min(max(past.since, self.history.floor), self.position)
-            return position, met, []
+            return min(max(past.since, self.history.floor), self.position), met, {}
         if not past.last:
-            return position, met, []
+            return self.position, met, {}
         new = filter(names.cover, self.history.names_behind(seen))
-        return position, met, self.history.last(past.last, {*kept, *new})
+        return self.position, met, self.history.last(past.last, {*kept, *new})
 
     def _find_kept(self, names: Names, past: Past) -> tuple[Iterable[str], int]:
         # The channels that `last` is about, and up to which id: there may be new ones behind it,
@@ -2441,25 +2429,23 @@ class Log:
               tell_gap: Callable[[int], None]) -> Iterator[tuple[list[Entry], int, bool, bool]]:
         # Each step is made under the lock, but for the first, and takes its holder through a piece
         # of the past: to the messages there, the position behind them, whether all is complete so
-        # far, and whether it is the last now. What `last` asks for comes first, by its ids.
+        # far, and whether it is the last now. What `last` asks for comes first: a walk through all
+        # since the oldest of that, for to hold its ids would take more than the client's queue may.
         history, (kept, seen) = self.history, self._find_kept(names, past)
         yield [], 0, True, False
-        position, complete, ids = self._look_back(past, names, kept, seen)
+        position, complete, lasts = self._look_back(past, names, kept, seen)
         begun = self.position
         begin(position, complete)
+        position = min(lasts.values(), default=position + 1) - 1
         while True:
-            if position < history.floor or ids and ids[0] <= history.floor:  # it was overtaken
-                position, complete, ids = self.position, False, []
+            if position < history.floor:  # it was overtaken
+                position, complete = self.position, False
                 tell_gap(position)
-            if ids:
-                entries = history.find(ids)
-                ids = ids[len(entries):]
-            else:
-                entries, position = history.behind(position, names, live, begun)
-            at_end = not ids and history.ends_at(position)
+            entries, position = history.behind(position, names, lasts, live, begun)
+            at_end = history.ends_at(position)
             if at_end:
                 position = self.position
-            yield entries, entries[-1][0] if ids else position, complete, at_end
+            yield entries, position, complete, at_end
 
     def _join(self, subscriber: Subscriber, names: Iterable[str]) -> None:
         connection = subscriber.connection
