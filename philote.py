@@ -1419,7 +1419,7 @@ class Connection:
         "number", "server", "transport", "peer", "address", "lock", "state", "handler", "pending",
         "unsent", "size", "sent", "full", "written", "overflowed", "patience", "cut_at",
         "forgotten", "busy", "last_received", "rate", "credit", "received", "published",
-        "bytes_received", "bad_message", "forbidden", "too_many", "__weakref__")
+        "bytes_received", "bad_message", "forbidden", "too_many")
 
     def __init__(self, server: Server, sock: socket.socket, address: str) -> None:
         self.number = next(server.numbers)
@@ -1564,14 +1564,13 @@ class Connection:
             look_first = False
             drop = self.server.stopping.is_set() and self.state is SUBSCRIBED
             data = self.transport.receive(size)
-            if data is None and self.state is not CLOSING:
-                continue
-            if not data or self.state is CLOSING:
+            if data == b"" or self.state is CLOSING:
                 return b""
-            self.bytes_received += len(data)
-            self.last_received = time.monotonic()
-            if not drop:
-                return data
+            if data:
+                self.bytes_received += len(data)
+                self.last_received = time.monotonic()
+                if not drop:
+                    return data
 
     def wait(self) -> None:
         """Wait until there is something to read."""
@@ -1672,7 +1671,8 @@ class Connection:
                     self.unsent.append(data)
                 begun -= len(data)
             self.size = sum(len(data) + _OVERHEAD for data in self.unsent)
-        self._append(last)
+        if last:
+            self._append(last)
         self._write_unsent()
         return True
 
@@ -1717,8 +1717,6 @@ class Connection:
         return taken
 
     def _append(self, data: bytes) -> None:
-        if not data:
-            return
         last = self.unsent[-1] if self.unsent else None
         if isinstance(last, bytes) and len(last) + len(data) <= _SMALL:
             self.unsent[-1] = last + data
@@ -1986,9 +1984,9 @@ class Past(NamedTuple):
 
 def parse_past(since: Any, last: Any) -> Past:
     """Take what a client asks for of the past; None is not given. Raises Refused."""
-    if last is not None:
-        if not re.fullmatch("[0-9]{1,5}", str(last), re.ASCII) or int(last) > _MAX_LAST:
-            raise Refused(f"last must be a number from 0 to {_MAX_LAST}, not {_shown(last)}")
+    if last is not None and (
+            not re.fullmatch("[0-9]{1,5}", str(last), re.ASCII) or int(last) > _MAX_LAST):
+        raise Refused(f"last must be a number from 0 to {_MAX_LAST}, not {_shown(last)}")
     count = int(last or 0)
     if since is None or since == "now":
         return Past(None, False, count, since is not None or last is not None)
@@ -2020,14 +2018,12 @@ def encode_entries(entries: Iterable[Entry]) -> list[bytes]:
             for position, payload in entries]
 
 
+@dataclasses.dataclass(eq=False, slots=True)
 class Encoder:
     """How messages are written to some of the subscribers."""
 
-    __slots__ = ("encode", "with_ids")
-
-    def __init__(self, encode: Callable[[Iterable[Any]], bytes], with_ids: bool) -> None:
-        self.encode = encode  # of entries; of JSON where it tells no ids
-        self.with_ids = with_ids  # whether it tells ids and users
+    encode: Callable[[Iterable[Any]], bytes]  # of entries; of JSON where it tells no ids
+    with_ids: bool  # whether it tells ids and users
 
 
 def check_subscriptions(names: Names, settings: Settings) -> None:
@@ -2068,13 +2064,17 @@ class History:
     def __init__(self, settings: Settings, floor: int) -> None:
         self.limit = settings.history_size if settings.history_time else 0
         self.time = int(1000 * settings.history_time) << _COUNTER_BITS
+        self.piece = min(_PIECE, settings.max_queue_size >> 1)
+        self.clear(floor)
+
+    def clear(self, floor: int) -> None:
+        """Forget all."""
         self.floor = floor  # all that was published behind this id is here
         self.size = 0  # bytes, overhead included
         self.count = 0  # messages
         self.groups: list[Group] = []  # by age, from index `start` on
         self.start = 0
         self.by_name: dict[str, tuple[str, collections.deque[Group]]] = {}  # the name is held once
-        self.piece = min(_PIECE, settings.max_queue_size >> 1)
 
     def append(self, first: int, name: str, payloads: Sequence[bytes]) -> None:
         """Keep messages with consecutive ids."""
@@ -2094,12 +2094,6 @@ class History:
         self.size += size
         if self.size > self.limit or self.groups[self.start][0] < first - self.time:
             self.trim(first)
-
-    def clear(self, floor: int) -> None:
-        """Forget all."""
-        self.floor = floor
-        self.size = self.count = self.start = 0
-        self.groups, self.by_name = [], {}
 
     def trim(self, now: int) -> None:
         """Forget what is too old or too much."""
@@ -2288,10 +2282,9 @@ class Log:
         `live` is what the subscriber has joined before. `before` and `after` make what is queued in
         front and behind, of the position that it stands for, and whether nothing is missing there.
         """
-        connection, since = subscriber.connection, 0 if past.partly else past.since or 0
-        if since > self.position:
+        connection = subscriber.connection
+        if (past.since or 0) > self.position:
             connection.flush()  # the head of an answer: who may have to wait is let in
-        self.wait_until(since)
 
         def begin(position: int, resumed: bool) -> None:
             self.resumed += resumed and past.since is not None
@@ -2320,7 +2313,6 @@ class Log:
 
         Returns them, the id up to which they are complete, and whether nothing is missing.
         """
-        self.wait_until(0 if past.partly else past.since or 0)
         found: list[Entry] = []
         walk = self._walk(names, past, Names(), lambda *_: None, lambda _: found.clear())
         next(walk)
@@ -2431,6 +2423,7 @@ class Log:
         # of the past: to the messages there, the position behind them, whether all is complete so
         # far, and whether it is the last now. What `last` asks for comes first: a walk through all
         # since the oldest of that, for to hold its ids would take more than the client's queue may.
+        self.wait_until(0 if past.partly else past.since or 0)
         history, (kept, seen) = self.history, self._find_kept(names, past)
         yield [], 0, True, False
         position, complete, lasts = self._look_back(past, names, kept, seen)
@@ -2474,13 +2467,14 @@ class Log:
     def _find_groups(self, name: str) -> dict[Encoder, dict[Connection, Callable[[bytes], None]]]:
         # Who has joined a channel by several patterns is in the groups once.
         joined = self.joined
-        found = joined[name] if name in joined else {}
-        matching = [joined[pattern] for size in self.prefix_sizes if size <= len(name)
-                    and (pattern := name[:size] + "*") in joined]
-        if not matching or not found and len(matching) == 1:
-            return matching[0] if matching else found
+        found = [joined[pattern] for size in self.prefix_sizes if size <= len(name)
+                 and (pattern := name[:size] + "*") in joined]
+        if name in joined:
+            found.append(joined[name])
+        if len(found) < 2:
+            return found[0] if found else {}
         merged: dict[Encoder, dict[Connection, Callable[[bytes], None]]] = {}
-        for groups in (found, *matching):
+        for groups in found:
             for encoder, group in groups.items():
                 merged.setdefault(encoder, {}).update(group)
         return merged
