@@ -2798,6 +2798,7 @@ class RedisLog(Log):
         self.read_count = self.skipped = self.repeated = self.losses = 0
         self.at_end = 0.0  # when there was nothing more to be read
         self.patience, self.rested = 10.0, time.monotonic()  # see _let_read()
+        self.stalled: dict[Connection, int] = {}  # what was sent to whom when he stalled
         self.most = min(settings.max_queue_size >> 1,  # so that what comes next has room, too
                         max(0, settings.max_queue_size - 2 * _LARGEST_GATHERED))
         self.threads = [
@@ -3160,18 +3161,22 @@ class RedisLog(Log):
     def _let_read(self, connections: Iterable[Connection]) -> None:
         # What piled up during a break comes all at once, and would overflow the queues of peers
         # that read well. So each is waited for while it takes any bytes: half a second without is a
-        # stall, for on_overflow() to judge. Meanwhile all others wait for it, too; so this may take
-        # ten seconds at once, and two more in each minute.
+        # stall, for on_overflow() to judge, and not waited for again before it takes some. Meanwhile
+        # all others wait for it, too; so this may take ten seconds at once, and two more in each
+        # minute.
         begin = time.monotonic()
         self.patience = min(10, self.patience + (begin - self.rested) / 30)
         for connection in connections:
             sent, moved = connection.sent, begin
-            while connection.size > self.most:
+            while connection.size > self.most and self.stalled.get(connection) != sent:
                 now = time.monotonic()
                 if connection.sent != sent:
                     sent, moved = connection.sent, now
-                if now > moved + 0.5 or now > begin + self.patience:
+                if now > begin + self.patience:
                     break
+                if now > moved + 0.5:
+                    self.stalled = {c: n for c, n in self.stalled.items() if c.size > self.most}
+                    self.stalled[connection] = sent
                 time.sleep(0.002)
         self.rested = time.monotonic()
         self.patience -= self.rested - begin

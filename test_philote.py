@@ -4674,9 +4674,16 @@ def test_who_reads_what_piled_up_during_a_break_is_not_taken_for_slow(store, has
         assert received[0].result() == texts
 
 
+class Stalling:
+    """What _let_read() sees of a connection."""
+
+    def __init__(self, size, sent):
+        self.size, self.sent = size, sent
+
+
 def test_a_server_that_waits_for_who_reads_slowly_is_not_taken_to_be_gone(monkeypatch):
     server = philote.RedisLog(philote.Settings(redis_url="redis://localhost"))
-    begin, slow = server.rested, SimpleNamespace(size=server.most + 1, sent=0)
+    begin, slow = server.rested, Stalling(size=server.most + 1, sent=0)
 
     def sleep(_):
         slow.sent += 1  # it reads, but never enough
@@ -4686,6 +4693,19 @@ def test_a_server_that_waits_for_who_reads_slowly_is_not_taken_to_be_gone(monkey
     stall = server.rested - begin
     # That stall may be the other server's, too, in the end.
     assert 9 < stall and 2 * (stall + philote._HEARTBEAT_TIME) < philote._GONE_TIME
+
+
+def test_who_stalls_is_waited_for_once_until_he_reads_again():
+    server = philote.RedisLog(philote.Settings(redis_url="redis://localhost"))
+
+    def waits():
+        begin = time.monotonic()
+        server._let_read([stalled])  # internal
+        return time.monotonic() - begin > 0.4
+    stalled = Stalling(size=server.most + 1, sent=0)
+    assert waits() and not waits()
+    stalled.sent += 1
+    assert waits() and not waits()
 
 
 def test_redis_may_be_away_for_any_number_of_attempts(store, hasty, monkeypatch):
