@@ -2619,13 +2619,6 @@ def _parse_entry_id(text: bytes) -> EntryID:
     return int(milliseconds), int(counter)
 
 
-class NothingCameBack(OSError):
-    """Entries that were written are not in the log that is read."""
-
-    def __init__(self) -> None:
-        super().__init__("what was written does not come back")
-
-
 class Outgoing:
     """What is to be appended, until it has come back."""
 
@@ -2702,7 +2695,6 @@ class Outbox:
             for entry in self.entries:
                 entry.sent = 0
             self.unsent = self.entries.copy()
-            self.changed.notify()
 
     def take_back(self, number: int) -> Outgoing | None:
         """Remove an entry that came back; those before it are not in the log, and appended anew.
@@ -2865,8 +2857,7 @@ class RedisLog(Log):
         """Wait while too much has not come back; returns whether there is room."""
         end = time.monotonic() + seconds
         while self.outbox.size >= _OUTBOX_SIZE:
-            if (time.monotonic() >= end or connection.state is CLOSING
-                    or connection.server.stopping.is_set()):
+            if time.monotonic() >= end or connection.state is CLOSING or self.stopping.is_set():
                 return False
             connection.pause(min(0.05, seconds))
         return True
@@ -2985,9 +2976,7 @@ class RedisLog(Log):
     def _execute(self, connection: Any, *commands: Sequence[Any]) -> Any:
         # Returns the last one's answer. Raises what any of them was answered.
         connection.send_packed_command(connection.pack_commands(commands))
-        answer = None
-        for _ in commands:
-            answer = connection.read_response()
+        answer = [connection.read_response() for _ in commands][-1]
         for item in answer if isinstance(answer, list) else ():
             if isinstance(item, Exception):
                 raise item
@@ -3065,7 +3054,7 @@ class RedisLog(Log):
             oldest = self.outbox.entries[0].sent if self.outbox.entries else 0
         if oldest and now > oldest + 2 * _UNAVAILABLE_TIME and self.at_end > oldest + 1:
             self.breaks += 1
-            raise NothingCameBack
+            raise OSError("what was written does not come back")
 
     def _make_heartbeat(self) -> Outgoing:
         with self.lock:
@@ -3102,9 +3091,7 @@ class RedisLog(Log):
             oldest = self._execute(connection, ("XRANGE", self.key, "-", "+", "COUNT", 1))
             self.cut |= not oldest or _parse_entry_id(oldest[0][0]) > self.cursor
         breaks, count = self.breaks, 10
-        while not self.closing.is_set():
-            if breaks != self.breaks:
-                raise NothingCameBack
+        while breaks == self.breaks and not self.closing.is_set():
             answer = self._execute(connection, (  # within a fifth of the time that it may take
                 "XREAD", "COUNT", count, "BLOCK", 200 * _UNAVAILABLE_TIME, "STREAMS", self.key,
                 "{}-{}".format(*self.cursor)))
@@ -3161,9 +3148,9 @@ class RedisLog(Log):
     def _let_read(self, connections: Iterable[Connection]) -> None:
         # What piled up during a break comes all at once, and would overflow the queues of peers
         # that read well. So each is waited for while it takes any bytes: half a second without is a
-        # stall, for on_overflow() to judge, and not waited for again before it takes some. Meanwhile
-        # all others wait for it, too; so this may take ten seconds at once, and two more in each
-        # minute.
+        # stall, for on_overflow() to judge, and not waited for again before it takes some.
+        # Meanwhile all others wait for it, too; so this may take ten seconds at once, and two more
+        # in each minute.
         begin = time.monotonic()
         self.patience = min(10, self.patience + (begin - self.rested) / 30)
         for connection in connections:
