@@ -2562,11 +2562,11 @@ class Batch:
 #                                                                   Log.append <---'
 #                                              queues of the subscribers here, `tells`
 #
-# Each server numbers its entries 1, 2, 3, and keeps them until they have come back. That Redis says
-# it has one proves nothing, and that it does not say so neither; only what is read back counts. So
-# after any failure the rule is the same: connect again, append all again that has not come back.
-# Whoever reads drops a number that it has had, and notices one that it never got. Where messages
-# may be missing, every subscriber is told of a gap.
+# Each server numbers its entries 1, 2, 3, and keeps them until they have come back. An answer of
+# Redis proves nothing: what it has taken may be lost in a failover. Nor does an error: the entry
+# may be there. Only what is read back counts. So after any failure the rule is the same: connect
+# again, append all again that has not come back. Whoever reads drops a number that it has had, and
+# notices one that it never got. Where messages may be missing, every subscriber is told of a gap.
 #
 #     what happens                          who notices it                and does what
 #     the answer to XADD is lost            append thread, by an error    appends all again
@@ -2574,8 +2574,10 @@ class Batch:
 #                                           missing                       new numbers
 #     the log is another one, or its clock  append thread: its id is not  _lift()
 #     was set back                          above what was read
-#     it was emptied, or cut past us        read thread, when it comes    tells of a gap
-#                                           back: its first is above ours
+#     it was emptied, or cut past us        read thread, when it comes    tells of a gap, up to
+#                                           back: its first is later      what it reads next
+#     it has a hole when a server starts    read thread: a number above   keeps what is behind
+#                                           1 of a server not met before
 #     we append to one server and read      append thread: nothing has    both connect again
 #     another                               come back for 10 s
 #
@@ -2598,7 +2600,7 @@ _KINDS: dict[bytes, dict[str, type]] = {
     b"ended": {"ask": str, "count": int}, b"heartbeat": {
         "id": str, "host": str, "version": str, "connections": int, "since": int, "floor": str,
         "gone": bool}}
-_INDEX_BITS = 16  # more messages than a batch ever has
+_INDEX_BITS = 16  # of a message within its entry: a batch never has so many (_MOST_GATHERED)
 _HEARTBEAT_TIME = 2  # seconds between heartbeats
 _GONE_TIME = 30  # seconds without one, after which a server is taken to be gone: it may have been
 #                  waiting for its readers, and we for ours, ten seconds each (see _let_read())
@@ -2791,7 +2793,8 @@ class RedisLog(Log):
         self.at_end = 0.0  # when there was nothing more to be read
         self.patience, self.rested = 10.0, time.monotonic()  # see _let_read()
         self.stalled: dict[Connection, int] = {}  # what was sent to whom when he stalled
-        self.most = min(settings.max_queue_size >> 1,  # so that what comes next has room, too
+        # Bytes that may wait for one, so that what comes until he is looked at again has room, too.
+        self.most = min(settings.max_queue_size >> 1,
                         max(0, settings.max_queue_size - 2 * _LARGEST_GATHERED))
         self.threads = [
             threading.Thread(target=self._keep, args=(work,), name=f"philote-{name}", daemon=True)
@@ -2864,6 +2867,7 @@ class RedisLog(Log):
 
     def wait_until(self, position: int) -> None:
         """Wait a while until the log is read up to an id that another server gave out."""
+        # No server of this log is a minute ahead: such an id is another log's, and never comes.
         end = time.monotonic() + _LAG_TIME
         while (self.position < position < self.position + (60_000 << _COUNTER_BITS)
                and time.monotonic() < end and not self.stopping.is_set()):
@@ -3049,7 +3053,8 @@ class RedisLog(Log):
 
     def _look_whether_entries_return(self, now: float) -> None:
         # We may be appending to one server and reading from another, behind a failover. It is sure
-        # only if the read thread has been at the end of its log since.
+        # only if the read thread has been at the end of its log since: a second later, for what was
+        # sent is not there at once.
         with self.outbox.changed:
             oldest = self.outbox.entries[0].sent if self.outbox.entries else 0
         if oldest and now > oldest + 2 * _UNAVAILABLE_TIME and self.at_end > oldest + 1:
@@ -3092,14 +3097,17 @@ class RedisLog(Log):
             self.cut |= not oldest or _parse_entry_id(oldest[0][0]) > self.cursor
         breaks, count = self.breaks, 10
         while breaks == self.breaks and not self.closing.is_set():
-            answer = self._execute(connection, (  # within a fifth of the time that it may take
+            # BLOCK is in milliseconds. It answers after a second at most, so that silence of
+            # _UNAVAILABLE_TIME is a failure.
+            answer = self._execute(connection, (
                 "XREAD", "COUNT", count, "BLOCK", 200 * _UNAVAILABLE_TIME, "STREAMS", self.key,
                 "{}-{}".format(*self.cursor)))
             entries = answer[0][1] if answer else []
             size = self._receive(entries)
             if len(entries) < count:
                 self.at_end = time.monotonic()
-            # More at a time while there is more, but not of large ones.
+            # More at a time while there is more, but not of large ones: Redis counts entries, and
+            # knows no limit in bytes.
             more = len(entries) == count and size < _MOST_BYTES >> 1
             count = min(2 * count, _MOST_ENTRIES) if more else max(10, count >> 1)
 
@@ -3137,6 +3145,7 @@ class RedisLog(Log):
                                 "wrote, such as %s; they are skipped", self.key, text.decode())
             self.cursor = cursor
             self.read_count += 1
+            # Written in between, that what one answer brings does not fill a queue by itself.
             if size - written >= _LARGEST_GATHERED or text is entries[-1][0]:
                 written = size
                 for connection in touched:
@@ -3221,6 +3230,7 @@ class RedisLog(Log):
         elif entry.kind == b"ended":
             self.asked.get(value["ask"], {})[entry.server.decode()] = value["count"]
         elif self.ready.is_set():  # not what was asked before our time
+            # There may be thousands to end, and all that comes would wait meanwhile.
             threading.Thread(target=self._end_own, args=(value,), daemon=True).start()
 
     def _end_own(self, asked: dict[str, Any]) -> None:
@@ -3312,7 +3322,7 @@ class Subscriber:
         connection, interval = self.connection, self.server.settings.ping_interval
         if interval and hasattr(socket, "TCP_USER_TIMEOUT"):
             # Bytes that a dead peer does not acknowledge would keep the system busy for a quarter
-            # of an hour.
+            # of an hour. Two heartbeats, in milliseconds.
             connection.transport.set_tcp(socket.TCP_USER_TIMEOUT, int(2000 * interval))
         look = min(interval / 4, _LONGEST_LOOK) if self.past.resumable else interval
         if (pause := min(look or math.inf, self._time_left())) < math.inf:
