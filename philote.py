@@ -2577,7 +2577,7 @@ class Batch:
 #     it was emptied, or cut past us        read thread, when it comes    tells of a gap, up to
 #                                           back: its first is later      what it reads next
 #     it has a hole when a server starts    read thread: a number above   keeps what is behind
-#                                           1 of a server not met before
+#                                           1 of a server not met so far  it only
 #     we append to one server and read      append thread: nothing has    both connect again
 #     another                               come back for 10 s
 #
@@ -3192,6 +3192,8 @@ class RedisLog(Log):
                     entry.name, entry.payloads, entry.issuer, entry.user, touched, tells, first)
             else:
                 self._receive_notice(entry)
+                if own:  # a heartbeat, in most cases
+                    self.ahead = first - _now()
                 with self.lock:
                     self.position = first
         except Exception:  # for want of memory: some may have it, and others not
@@ -3201,7 +3203,6 @@ class RedisLog(Log):
             for index, tell in tells:  # they are in the log; some may have been told already
                 tell(first + index, 0)
         if own:
-            self.ahead = first - _now()
             if own.tells and own.connection:
                 touched[own.connection] = None
             self._recover(own)
@@ -3213,9 +3214,10 @@ class RedisLog(Log):
         # middle of any server's numbers, but the log cannot be longer by then than a server may be
         # silent. One that is met later has just started, with 1, or is told of as a gap: the log
         # has lost what it appended before, or we have forgotten it (see _MOST_SERVERS).
-        late = first > self.first + (int(1000 * _GONE_TIME) << _COUNTER_BITS)
-        new = 1 if late or self.ready.is_set() else number
-        expected, _ = self.expected.get(server, (new, 0))
+        if server not in self.expected:
+            late = first > self.first + (int(1000 * _GONE_TIME) << _COUNTER_BITS)
+            self.expected[server] = 1 if late or self.ready.is_set() else number, 0
+        expected, _ = self.expected[server]
         if number < expected:
             return False
         if number > expected or self.cut:
