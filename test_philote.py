@@ -3917,6 +3917,17 @@ def test_what_is_held_for_who_is_sent_the_last_messages_is_bounded(unserved, tra
         assert traced()[0] - before < 1 << 20
 
 
+def test_the_past_of_any_number_of_patterns_comes_to_an_end(unserved):
+    names = philote.Names([*(f"b{i}*" for i in range(30_000)), "a*"])
+    past = philote.Past(unserved.log.position)
+    with replaying(unserved, past, 0) as (_, websocket, _):
+        for i in range(3):
+            wait_until(lambda: philote._now() > unserved.log.position + 1)  # ids that do not touch
+            unserved.log.append(f"a{i}", [b"{}"], "x", b"", {})
+        replay = unserved.log.replay(websocket, names, past, philote.Names(), nothing, nothing)
+        assert len([*itertools.islice(replay, 9)]) < 9
+
+
 def test_one_pattern_outlives_another_of_its_size(server):
     with RawClient(server, ["b*"]) as client:
         with RawClient(server, ["a*"]):
