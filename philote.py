@@ -2128,7 +2128,7 @@ class History:
         `begun` is left out where it is among `live`, which the subscriber had joined before: it is
         in his queue, and would come twice.
         """
-        # The first group may end at the position: two of them are looked at, however long that takes.
+        # At least two groups, however many patterns there are: the first may end at the position.
         prefixes, begin = names.prefixes, self._index(position + 1)
         groups = self.groups[begin:begin + _SCAN // (1 + len(prefixes) // 10) + 2]
         entries, size = list[Entry](), 0

@@ -3919,7 +3919,7 @@ def test_what_is_held_for_who_is_sent_the_last_messages_is_bounded(unserved, tra
 
 def test_the_past_of_any_number_of_patterns_comes_to_an_end(unserved):
     names = philote.Names([*(f"b{i}*" for i in range(30_000)), "a*"])
-    past = philote.Past(unserved.log.position)
+    past = philote.Past(unserved.log.position, resumable=True)
     with replaying(unserved, past, 0) as (_, websocket, _):
         for i in range(3):
             wait_until(lambda: philote._now() > unserved.log.position + 1)  # ids that do not touch
