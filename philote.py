@@ -1502,8 +1502,7 @@ class Connection:
         has CLOSING_TIME to read it all, and longer while it has not, until `patience`.
         """
         with self.lock:
-            done = (only in (None, self.state)
-                    and self._close_behind(last, discard, patience))
+            done = only in (None, self.state) and self._close_behind(last, discard, patience)
         if done:
             self.server.poller.call_at(self, self.cut_at)
         self.flush()  # what others left to the holder of the lock
@@ -1678,26 +1677,25 @@ class Connection:
 
     def _write(self) -> bool:
         # Returns True once: when more than the limit has come to wait.
-        if self.unsent or self.state is not SUBSCRIBED:
-            self._take()
-            self._write_unsent()
-        elif not self.pending:  # somebody else has written it meanwhile
-            return False
-        else:  # the common case: nothing waits, and the socket takes it all
-            try:
+        try:
+            if self.unsent or self.state is not SUBSCRIBED:
+                self._take()
+                self._write_unsent()
+            elif not self.pending:  # somebody else has written it meanwhile
+                return False
+            else:  # the common case: nothing waits, and the socket takes it all
                 data = self.pending.pop(0)
                 if self.pending:
                     data = b"".join([data, *self._take_pending()])
                 sent = self.transport.send(data)
-            except _FAILURES:
-                self._give_up()
-                return False
-            self.sent += sent
-            if sent == len(data):
-                return False
-            self.unsent = collections.deque([memoryview(data)[sent:] if sent else data])
-            self.size = len(data) - sent + _OVERHEAD
-            self._wait_for_room()
+                self.sent += sent
+                if sent == len(data):
+                    return False
+                self.unsent = collections.deque([memoryview(data)[sent:] if sent else data])
+                self.size = len(data) - sent + _OVERHEAD
+                self._wait_for_room()
+        except _FAILURES:
+            self._give_up()
         # The first entry does not count, however large it is: it may be one message, or all that
         # was pending.
         if (self.overflowed or self.state in (CLOSING, CLOSED) or not self.unsent
