@@ -1369,12 +1369,13 @@ class SwitchInterval:
 
 CLOSING_TIME = 3  # seconds that a peer has to answer our end of the connection with its own
 _OVERHEAD = 64  # bytes that Python takes for an entry of a queue, beside its data
-_SMALL = 1024  # bytes; smaller entries that wait are put together
-# Why something cannot be written. What was taken to be written is lost then, so the connection
-# ends; the thread that wrote it is another's, and goes on.
+_SMALL = 1024  # bytes; smaller entries that wait are put together, as pongs of two bytes each
+# Why something cannot be written. What was taken out of the queue is lost then, so the connection
+# ends. The thread that writes is often another connection's, and goes on.
 _FAILURES = OSError, MemoryError
-# The queue of all whose socket was never full; their own would be 0.8 KiB for each. _append() gives
-# them that; this one takes nothing in, so a mistake would not reach another connection.
+# The queue of all whose socket takes what is written: one of its own would cost each 0.8 KiB.
+# _append() makes one when it is needed. This one takes nothing in, so that whatever went there by
+# mistake could not come to another connection.
 _NOTHING: collections.deque[bytes | memoryview] = collections.deque(maxlen=0)
 
 
@@ -1550,7 +1551,8 @@ class Connection:
     def read(self, size: int, look_first: bool = False) -> bytes:
         """Wait for bytes and read them; b"" where the connection has ended or is closing.
 
-        With `look_first` it waits only if nothing has come: to wait is to let others run.
+        With `look_first` it waits only if nothing has come: a thread that waits lets go of the
+        interpreter's lock, and comes behind all others that want it.
 
         What a subscriber sends to a server that is stopping is taken and dropped. Nothing falls
         between: this thread becomes busy and then looks whether the server is stopping, and
@@ -1582,7 +1584,8 @@ class Connection:
     def pause(self, seconds: float, until: threading.Event | None = None) -> None:
         """Let the peer wait. Raises ConnectionError where it hangs up meanwhile.
 
-        It is cut short when the connection or the server ends, or by the event.
+        It is cut short when the connection or the server ends, or by the event; for that it looks
+        up four times a second.
         """
         if seconds <= 0:
             return
@@ -1605,13 +1608,15 @@ class Connection:
             self.flush()
             if not self.size and not self.pending:
                 return True
-            self.written.wait(0.25 if self.full else 0.001)  # another thread is writing
+            # The poller sets it. Where the socket is not full, another thread is just writing.
+            self.written.wait(0.25 if self.full else 0.001)
         return False
 
     def charge(self, cost: float) -> float:
         """Charge a peer for work that it shows nothing for: no token, or no good message.
 
-        It may cost 100 at once, and 100 a second. Returns how many seconds it has to wait.
+        It may cost 100 at once, and 100 a second. Returns how many seconds it has to wait. A cost
+        of 1 is about 0.1 ms, so one connection can waste a hundredth of a core.
         """
         self.credit = self.credit or RateLimit(100)
         return self.credit.take(cost)
@@ -1858,7 +1863,7 @@ class Poller(threading.Thread):
         self._wake()
         if self.is_alive():
             self.join(1)
-        else:
+        else:  # it was never started, or has ended, which does no harm
             self._close()
 
     def _wake(self) -> None:
@@ -1949,17 +1954,18 @@ class Poller(threading.Thread):
 # is held as one whole number, milliseconds << 64 | N: ids are compared, those of a batch follow one
 # another, and a time is an id too.
 
-_COUNTER_BITS = 64
+_COUNTER_BITS = 64  # what Redis has for it
 _COUNTER = (1 << _COUNTER_BITS) - 1
 _ID = re.compile("([0-9]{1,19})-([0-9]{1,19})", re.ASCII)
-_SCAN = 2000  # groups that are looked at, messages that are forgotten, while the lock is held
+# Groups that are looked at, messages that are forgotten, while the lock is held: 1 to 3 ms.
+_SCAN = 2000
 _PIECE = 32768  # bytes of messages that are sent at a time to one who catches up
-_LAST_PIECE = 64  # messages that may be encoded under the lock
+_LAST_PIECE = 64  # messages that may be encoded under the lock: 0.2 ms
 _KEPT_OVERHEAD = 64  # bytes that Python takes to keep a message, beside its JSON
 _GROUP_OVERHEAD = 250  # and to keep together what was published together
 _CHANNEL_OVERHEAD = 900  # and to keep the groups of a channel, beside its name
 _MAX_PATTERN_SIZE = 256  # characters: each size that anybody joined is looked for at each message
-_LONG_NAME = 1024  # characters; so many on average may the names have that a connection has joined
+_LONG_NAME = 1024  # characters; what a connection has joined may have so many on average
 
 
 def encode_id(position: int) -> str:
@@ -2077,7 +2083,7 @@ class History:
     def append(self, first: int, name: str, payloads: Sequence[bytes]) -> None:
         """Keep messages with consecutive ids."""
         size = sum(map(len, payloads)) + _GROUP_OVERHEAD + len(payloads) * _KEPT_OVERHEAD
-        if size > self.limit >> 3 and len(payloads) > 1:  # too much to go at once
+        if size > self.limit >> 3 and len(payloads) > 1:  # too much to be forgotten as one
             for position, payload in enumerate(payloads, first):
                 self.append(position, name, [payload])
             return
@@ -2226,8 +2232,8 @@ class Log:
         # thread made the key that it holds, or the value, free-threaded CPython 3.13 takes the
         # dictionary's lock for that, and 60 us instead of 0.1.
         #
-        # What needs no id is encoded before the log's lock is taken, for those that seem to be
-        # there. Others are encoded for below.
+        # What needs no id is encoded before the log's lock is taken, for those that seem to have
+        # joined: they are looked for again under it.
         bare = [payload.replace(user, b"", 1) for payload in payloads] if user else payloads
         try:
             seeming = self.joined[name].copy()
@@ -2238,8 +2244,8 @@ class Log:
             first = first or max(self.position + 1, _now())
             groups = (self._find_groups(name) if self.prefix_sizes else
                       self.joined[name] if name in self.joined else {})
-            # What takes memory comes first: where there is none, the messages are nobody's yet, and
-            # Batch publishes them once more.
+            # What may find no memory comes before anything is changed: if it fails, nobody has the
+            # messages yet, and the publisher's last flush() publishes them again, not twice.
             for encoder, group in groups.items():
                 touched.update(group)
                 if encoder not in encoded:  # once for all of them
