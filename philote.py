@@ -2301,8 +2301,7 @@ class Log:
             self.gaps += 1
             connection.put(subscriber.encode_gap(position))
 
-        walk = self._walk(names, past, live, begin, tell_gap)
-        next(walk)
+        walk = self._walk(names, past, live, self._find_kept(names, past), begin, tell_gap)
         while True:
             with self.lock:
                 entries, position, complete, at_end = next(walk)
@@ -2319,8 +2318,8 @@ class Log:
         Returns them, the id up to which they are complete, and whether nothing is missing.
         """
         found: list[Entry] = []
-        walk = self._walk(names, past, Names(), lambda *_: None, lambda _: found.clear())
-        next(walk)
+        walk = self._walk(names, past, Names(), self._find_kept(names, past),
+                          lambda *_: None, lambda _: found.clear())
         size, at_end = 0, False
         while not at_end and size < most:
             with self.lock:
@@ -2328,6 +2327,17 @@ class Log:
             found += entries
             size += sum(len(payload) for _, payload in entries)
         return found, position, complete
+
+    def _find_kept(self, names: Names, past: Past) -> tuple[Iterable[str], int]:
+        # Comes before a walk: waits for the id that it begins at, which another server may have
+        # given out, and finds the channels that `last` is about, and up to which id. Behind that
+        # there may be new ones, for patterns are compared with all channels while the lock is free.
+        self.wait_until(0 if past.partly else past.since or 0)
+        if not past.last or not names.prefixes:
+            return names, self.position
+        with self.lock:
+            kept, seen = [*self.history.by_name], self.position
+        return [*filter(names.cover, kept)], seen
 
     def position_for(self, subscriber: Subscriber) -> None:
         """Queue the position that a subscriber has reached, who got all up to it."""
@@ -2413,26 +2423,15 @@ class Log:
         new = filter(names.cover, self.history.names_behind(seen))
         return self.position, met, self.history.last(past.last, {*kept, *new})
 
-    def _find_kept(self, names: Names, past: Past) -> tuple[Iterable[str], int]:
-        # The channels that `last` is about, and up to which id: there may be new ones behind it,
-        # for patterns are compared with all channels while the lock is free.
-        if not past.last or not names.prefixes:
-            return names, self.position
-        with self.lock:
-            kept, seen = [*self.history.by_name], self.position
-        return [*filter(names.cover, kept)], seen
-
-    def _walk(self, names: Names, past: Past, live: Names, begin: Callable[[int, bool], None],
-              tell_gap: Callable[[int], None]) -> Iterator[tuple[list[Entry], int, bool, bool]]:
-        # Each step is made under the lock, but for the first, and takes its holder through a piece
-        # of the past: to the messages there, the position behind them, whether all is complete so
-        # far, and whether it is the last now. What `last` asks for comes first: a walk through all
-        # since the oldest of that, for to hold its ids would take more than the client's queue may.
-        self.wait_until(0 if past.partly else past.since or 0)
-        history, (kept, seen) = self.history, self._find_kept(names, past)
-        yield [], 0, True, False
-        position, complete, lasts = self._look_back(past, names, kept, seen)
-        begun = self.position
+    def _walk(self, names: Names, past: Past, live: Names, kept: tuple[Iterable[str], int],
+              begin: Callable[[int, bool], None], tell_gap: Callable[[int], None],
+              ) -> Iterator[tuple[list[Entry], int, bool, bool]]:
+        # Each step takes the holder of the lock through a piece of the past: to the messages there,
+        # the position behind them, whether all is complete so far, and whether it is the last now.
+        # What `last` asks for comes first: a walk through all since the oldest of that, for to hold
+        # its ids would take more than the client's queue may.
+        history, begun = self.history, self.position
+        position, complete, lasts = self._look_back(past, names, *kept)
         begin(position, complete)
         position = min(lasts.values(), default=position + 1) - 1
         while True:
