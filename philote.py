@@ -1400,7 +1400,7 @@ class State(enum.Enum):
     ANSWERING = "a request is whole, and its answer is being made"
     SUBSCRIBED = "is a WebSocket or an event stream"
     CLOSING = "its last bytes are queued; waits until the peer ends the connection, too"
-    CLOSED = "its socket is closed and its thread done"
+    CLOSED = "its thread is done, its socket closed, or about to be where the poller watches it"
 
 
 READING, ANSWERING, SUBSCRIBED, CLOSING, CLOSED = State
@@ -2044,7 +2044,7 @@ def check_subscriptions(names: Names, settings: Settings) -> None:
 
 # Messages that were published together: the first one's id, the channel, the JSON of each, bytes.
 Group = tuple[int, str, Sequence[bytes], int]
-_FORGOTTEN: Group = 0, "", (), 0
+_FORGOTTEN: Group = 0, "", (), 0  # stands where one was, until the list is cut
 
 
 def _last_id(group: Group) -> int:
