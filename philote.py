@@ -962,9 +962,9 @@ def _is_well_formed(first: int, second: int, size: int) -> bool:
     """Whether a head is in order: reserved bits, mask, opcode, length in its shortest form."""
     if first & 0x70 or not second & 0x80 or first & 15 not in (0, 1, 2, 8, 9, 10):
         return False
-    if first & 8:  # a control frame (section 5.5)
-        return bool(first & 0x80) and size <= 125
-    return size >= _LEAST[second & 0x7F] and size < 1 << 63
+    if first & 8 and (not first & 0x80 or size > 125):  # a control frame (section 5.5)
+        return False
+    return _LEAST[second & 0x7F] <= size < 1 << 63
 
 
 def _gather(part: bytes, size: int) -> Generator[None, bytes, bytes]:

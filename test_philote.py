@@ -1326,6 +1326,8 @@ BROKEN_FRAMES = {
     "a fragmented ping": (frame(9, b"", fin=False), 1002),
     "a length not in its shortest form": (frame(1, b"x" * 125, size=(16, 125)), 1002),
     "a long length not in its shortest form": (frame(1, b"x" * 300, size=(64, 300)), 1002),
+    "a short ping with a long length": (frame(9, b"x", size=(16, 1)), 1002),
+    "a short pong with a longer length": (frame(10, b"x", size=(64, 1)), 1002),
     "a length over 63 bits": (frame(1, b"", size=(64, 1 << 63)), 1002),
     "a text frame inside a fragmented message": (frame(1, "{", fin=False) + text(), 1002),
     "a continuation of nothing": (frame(0, "x"), 1002),
