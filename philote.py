@@ -487,11 +487,6 @@ class Key(NamedTuple):
     key: Any
     algorithms: Sequence[str]
 
-    def only(self, algorithm: str | None) -> Key:
-        """Take the key for the one algorithm that it is said to be for (RFC 8725, section 3.1)."""
-        return self if algorithm is None else Key(
-            self.key, [name for name in self.algorithms if name == algorithm])
-
 
 class _PreparedHMAC(jwt.algorithms.HMACAlgorithm):
     def prepare_key(self, key: Any) -> Any:
@@ -559,20 +554,18 @@ class _NoRedirects(urllib.request.HTTPRedirectHandler):
         """Refuse: it may lead to where there is no TLS."""
 
 
-class Provider(jwt.PyJWKClient):
+class Provider:
     """An identity provider, who tells its public keys as a JWKS (RFC 7517, section 5).
 
-    PyJWT's client understands them. But where it also keeps them, all tokens wait for a fetch, and
-    are refused while the provider is away, which is asked for each of them then. Here a thread of
-    its own fetches, at most once in _FETCH_PAUSE. Who shows a key that is not known waits for that,
-    and nobody else does. What was fetched before is good until the next is there.
+    PyJWT has a client for that, but there all tokens wait for a fetch, and are refused while the
+    provider is away, which is asked for each of them then. Here a thread of its own fetches, at
+    most once in _FETCH_PAUSE. Who shows a key that is not known waits for that, and nobody else
+    does. What was fetched before is good until the next is there.
     """
 
     def __init__(self, url: str) -> None:
-        super().__init__(url, cache_jwk_set=False, timeout=_FETCH_TIME)
-        self.name = url.partition("?")[0]
+        self.url, self.name = url, url.partition("?")[0]  # what follows may be secret
         self.keys: dict[str, Key] = {}  # by id; replaced as a whole
-        self.declared: dict[str, Any] = {}  # by id, the algorithm that a key says it is for
         self.problem = ""  # why the last fetch brought no keys
         # Guards each change of the next four; who can live with an older value reads without it.
         self.lock = threading.Lock()
@@ -615,34 +608,17 @@ class Provider(jwt.PyJWKClient):
                     self.under_way = None
             return self.under_way
 
-    def fetch_data(self) -> Any:
-        """Fetch and decode the JWKS as the parent does, but within a size and a time."""
-        # A proxy has a localhost of its own, and what it tells in plain text may be anybody's.
-        direct = [urllib.request.ProxyHandler({})] if self.uri.lower().startswith("http:") else []
-        opener, body = urllib.request.build_opener(_NoRedirects, *direct), bytearray()
-        opener.addheaders = [("User-Agent", f"philote/{__version__}")]
-        end = time.monotonic() + _FETCH_TIME
-        with opener.open(self.uri, timeout=_FETCH_TIME) as response:
-            while part := response.read1(_FULL_READ):
-                body += part
-                if len(body) > _MAX_KEYS_SIZE or time.monotonic() > end:
-                    raise ValueError(f"more than {_MAX_KEYS_SIZE} bytes, or {_FETCH_TIME} seconds")
-        value = json.loads(body)
-        self.declared = {str(key.get("kid")): key.get("alg") for key in value["keys"]}
-        return value
-
     # The thread that fetches
 
     def _run(self, begun: float, under_way: threading.Event) -> None:
-        fetched = -math.inf
         try:
-            found = {str(key.key_id): _public_key(key.key) for key in self.get_signing_keys()}
-            keys = {kid: key.only(self.declared.get(kid)) for kid, key in found.items()}
+            keys = _read_key_set(self._fetch())
             if not any(key.algorithms for key in keys.values()):
                 raise ValueError("none of them is a public key that can be used")
-            if self.under_way is not under_way:  # fetch() has begun another
-                raise ValueError("it took too long")
-            self.keys, fetched, self.problem = keys, begun, ""
+            with self.lock:
+                if self.under_way is not under_way:  # fetch() has begun another
+                    raise ValueError("it took too long")
+                self.keys, self.fetched, self.problem = keys, begun, ""  # in this order, see find()
             log.info("PUBLIC_KEYS: %d keys from %s", len(keys), self.name)
         except Exception as error:
             self.problem = _on_one_line(str(error)[:200]) or type(error).__name__
@@ -650,10 +626,40 @@ class Provider(jwt.PyJWKClient):
                         self.name, self.problem)
         finally:
             with self.lock:
-                self.fetched = max(self.fetched, fetched)
                 if self.under_way is under_way:
                     self.under_way = None
             under_way.set()
+
+    def _fetch(self) -> bytearray:
+        # A proxy has a localhost of its own, and what it tells in plain text may be anybody's.
+        direct = [urllib.request.ProxyHandler({})] if self.url.lower().startswith("http:") else []
+        opener, body = urllib.request.build_opener(_NoRedirects, *direct), bytearray()
+        opener.addheaders = [("User-Agent", f"philote/{__version__}")]
+        end = time.monotonic() + _FETCH_TIME
+        with opener.open(self.url, timeout=_FETCH_TIME) as response:
+            while part := response.read1(_FULL_READ):
+                body += part
+                if len(body) > _MAX_KEYS_SIZE or time.monotonic() > end:
+                    raise ValueError(f"more than {_MAX_KEYS_SIZE} bytes, or {_FETCH_TIME} seconds")
+        return body
+
+
+def _read_key_set(text: bytearray) -> dict[str, Key]:
+    # By id. A key of a kind that we do not know, or that is broken, is passed over for the sake of
+    # the others (RFC 7517, section 5).
+    from cryptography.exceptions import UnsupportedAlgorithm
+
+    keys = {}
+    for jwk in json.loads(text)["keys"]:
+        with contextlib.suppress(jwt.PyJWTError, ValueError, TypeError, AttributeError,
+                                 NotImplementedError, UnsupportedAlgorithm):
+            kid, key = jwk.get("kid"), _public_key(jwt.PyJWK(jwk).key)
+            if (kid and jwk.get("use") in (None, "sig")
+                    and "verify" in jwk.get("key_ops", ["verify"])):
+                only = jwk.get("alg")  # the one that it is said to be for (RFC 8725, section 3.1)
+                keys[kid] = key if only is None else Key(
+                    key.key, [name for name in key.algorithms if name == only])
+    return keys
 
 
 class Keyring:

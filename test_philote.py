@@ -933,14 +933,21 @@ def test_the_keys_of_a_provider_are_for_what_their_kind_and_id_say(provider, mon
         jwk("rsa2048", "one"), jwk("secp256r1", "two"), jwk("ed25519", "three"),
         jwk("rsa2048", "for one algorithm", alg="PS256"),
         jwk("secp384r1", "for secrets", use="enc"), jwk("rsa1024", "weak"),
-        {"kty": "oct", "kid": "shared", "k": "c2VjcmV0" * 8}, {"kty": "new", "kid": "x"})
+        {"kty": "oct", "kid": "shared", "k": "c2VjcmV0" * 8}, {"kty": "new", "kid": "x"},
+        jwk("rsa2048", "to encrypt", key_ops=["encrypt"]),
+        jwk("rsa2048", "to verify", key_ops=["verify"]),
+        # None of these takes the others with it.
+        5, None, [], {}, {"kty": "RSA", "kid": "x", "n": 5, "e": []}, jwk("rsa2048", ["one"]),
+        *[jwk("rsa2048", "bad", alg=bad) for bad in (5, ["RS256"], {"a": 1}, "none", "new")])
     with trusting(provider) as server:
         for kid, kind, algorithm in (
-                ("one", "rsa2048", "PS512"), ("two", "secp256r1", "ES256"),
-                ("three", "ed25519", "EdDSA"), ("for one algorithm", "rsa2048", "PS256")):
+                ("one", "rsa2048", "PS512"), ("to verify", "rsa2048", "RS256"),
+                ("two", "secp256r1", "ES256"), ("three", "ed25519", "EdDSA"),
+                ("for one algorithm", "rsa2048", "PS256")):
             assert enter(server, kid, kind, algorithm) == (200, "")
         for kid, kind, algorithm in (
                 ("two", "rsa2048", "RS256"), ("for secrets", "secp384r1", "ES384"),
+                ("to encrypt", "rsa2048", "RS256"), ("bad", "rsa2048", "RS256"),
                 ("weak", "rsa1024", "RS256"), ("one", "secp256r1", "ES256"),
                 *[("for one algorithm", "rsa2048", other) for other in ("PS384", "RS256")]):
             assert enter(server, kid, kind, algorithm)[0] == 401
