@@ -204,7 +204,9 @@ def _parse_origins(text: str) -> bool | tuple[str, ...]:
     with contextlib.suppress(ValueError):
         return _parse_boolean(text)
     origins = tuple(origin.strip().lower() for origin in text.split(","))
-    if not all(re.fullmatch(r"[a-z][a-z0-9+.-]*://[^\s/?#@*]+", origin) for origin in origins):
+    # Just as browsers send it (RFC 6454, section 6): in ASCII, and without the usual port.
+    pattern = r"(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://[^\s/?#@*]+"
+    if not text.isascii() or not all(re.fullmatch(pattern, origin) for origin in origins):
         raise ValueError
     return origins
 

@@ -460,7 +460,9 @@ def test_the_defaults_are_those_of_the_original():
     ("MAX_MESSAGE_RATE", "0.5", 0.5), ("PING_INTERVAL", "0", 0), ("SHUTDOWN_TIMEOUT", "2.5", 2.5),
     *[("CHECK_ORIGIN", value, True) for value in ("1", "t", "T", "true", "TRUE", "True")],
     *[("CHECK_ORIGIN", value, False) for value in ("0", "f", "F", "false", "FALSE", "False")],
-    ("CHECK_ORIGIN", "https://a.example, HTTP://b:81", ("https://a.example", "http://b:81"))])
+    ("CHECK_ORIGIN", "https://a.example, HTTP://b:81", ("https://a.example", "http://b:81")),
+    ("CHECK_ORIGIN", "http://[::1]:443,https://a:80,x://a:80",
+     ("http://[::1]:443", "https://a:80", "x://a:80"))])
 def test_a_setting_is_read(name, value, expected):
     assert getattr(philote.Settings.from_environ({name: value}), name.lower()) == expected
 
@@ -474,6 +476,8 @@ def test_a_setting_is_read(name, value, expected):
     ("MAX_MESSAGE_SIZE", "0"), ("MAX_QUEUE_SIZE", "-5"), ("MAX_MESSAGE_RATE", "nan"),
     ("PING_INTERVAL", "inf"), ("SHUTDOWN_TIMEOUT", "-1"), ("CHECK_ORIGIN", "yes"),
     ("CHECK_ORIGIN", "example.com"), ("CHECK_ORIGIN", "https://a.example,"), ("CHECK_ORIGIN", ""),
+    *[("CHECK_ORIGIN", f"https://b.example, {never_sent}") for never_sent in (
+        "https://a.example:443", "http://[::1]:80", "HTTP://a.example:80", "https://\xfc.example")],
     ("SECRET", "-----BEGIN PUBLIC KEY-----\nMIIB\n-----END PUBLIC KEY-----")])
 def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(name, value):
     with pytest.raises(philote.SettingsError) as caught:
