@@ -471,6 +471,8 @@ def new_token(secret: str, read: Iterable[str] = (), write: Iterable[str] = (),
     `user` is who bears it: those who ask for ids are told beside each message. The last three are
     for a server that has these settings.
     """
+    if isinstance(read, str) or isinstance(write, str):  # its letters would be channels
+        raise TypeError("read and write are lists of channels")
     rights: dict[str, Any] = {"read": list(read), "write": list(write)}
     if api:
         rights["api"] = True

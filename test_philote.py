@@ -503,6 +503,9 @@ def test_a_token_made_by_new_token_says_what_was_asked_for():
                         algorithms=["HS256"])
     assert (claims["read"], claims["write"], claims["api"]) == (["a"], ["b", "c"], True)
     assert 58 <= claims["exp"] - time.time() <= 61
+    for names in {"read": "abc"}, {"write": "abc"}:  # not the channels a, b and c
+        with pytest.raises(TypeError, match="lists"):
+            philote.new_token(SECRET, **names)
 
 
 @pytest.mark.parametrize("secret", ["", "x", *["k" * n for n in (31, 64, 65, 200)], "schl\xfcssel"])
