@@ -729,7 +729,8 @@ class Keyring:
                              "ISSUER)") from None
         except TokenError:
             raise
-        except (jwt.PyJWTError, ValueError, TypeError, RecursionError):  # PyJWT lets all these out
+        except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
+            # PyJWT lets all these out; an exp of Infinity overflows in its version 2.14.
             raise TokenError("the token is malformed, or not signed with this server's secret"
                              + " or public keys" * bool(self.settings.public_keys)) from None
         return self._access_key(claims)
