@@ -164,8 +164,9 @@ log = logging.getLogger("philote")
 #
 # Nothing is guessed: an empty number, a size of 1k, a boolean of "yes" are refused, each with what
 # is allowed, and all bad ones at once. A server that runs with another limit than its operator
-# believes is worse than one that does not start. What may be a secret is never shown, not even
-# where it is refused: the value of one setting may have been put into another.
+# believes is worse than one that does not start. The value of a setting that may hold a secret is
+# never shown, not even where it is refused. TLS_KEY is one of them: it takes a path, but somebody
+# may have put the key itself there.
 
 class SettingsError(ValueError):
     """Settings that are not allowed, one line for each."""
@@ -233,7 +234,8 @@ def _parse_redis_url(text: str) -> str:
 
 def _is_bare_key(text: str) -> bool:
     # A public key or a certificate as identity providers show it, PEM without its first and last
-    # line: in base64 a sequence of just this length that begins with another (X.690, DER).
+    # line: in base64 a sequence of just this length that begins with another (X.690, DER). Whoever
+    # takes one for a SECRET makes a secret of what everybody knows.
     try:
         data = base64.b64decode("".join(text.replace("\\n", "").split()), validate=True)
     except ValueError:
@@ -578,8 +580,10 @@ class Provider:
 
     def find(self, kid: str, wait: _Wait) -> Key:
         """Find a key by its id. Raises TokenError."""
-        now, fetched = time.monotonic(), self.fetched  # before the keys that were fetched then
+        # The time before the keys: they change first, so these are at least as new as it says.
+        now, fetched = time.monotonic(), self.fetched
         key = self.keys.get(kid)
+        # Also for a key that is known: the provider may have taken it back.
         due = fetched + _KEYS_TIME if key else now
         under_way = self.fetch(now, due)
         if not key:
@@ -596,7 +600,7 @@ class Provider:
                          f"again in {again} seconds at the earliest", again)
 
     def fetch(self, now: float, due: float = -math.inf) -> threading.Event | None:
-        """Begin to fetch the keys if that is due; returns what is set at the end, if it is."""
+        """Begin to fetch the keys if that is due; returns what is set at the end of a fetch."""
         with self.lock:
             # The one that is under way: its timeout is for each wait for bytes, which a provider
             # that sends the head of its answer byte by byte never exceeds.
@@ -946,7 +950,7 @@ def encode_close(code: int, reason: str) -> bytes:
 def unmask(mask: bytes, payload: bytes) -> bytes:
     """Apply a masking key of 4 bytes (RFC 6455, section 5.3)."""
     size = len(payload)
-    if size > 1000:  # four strides, each by a table
+    if size > 1000:  # from about here on this is faster: four strides, each by a table
         masked = bytearray(payload)
         for i in range(4):
             masked[i::4] = masked[i::4].translate(_XOR[mask[i]])
@@ -1063,8 +1067,9 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
 # is 200 such calls, and after each of them a busy thread may keep the lock for a whole switch
 # interval: one client that sent pings without end raised the median of such a message from 0.7 to
 # 1,560 ms (CPython 3.11, interval 25 ms). But the calls wait for nothing, they take 3 us each. So
-# they are made without letting go, by ctypes.PyDLL: 28 ms, and with an interval of 0.5 ms, 2.6.
-# Where there is no ctypes, the methods of `socket` do the same work.
+# they are made without letting go, by ctypes.PyDLL. Then the median is 28 ms, and 2.6 with the
+# interval of 0.5 ms that SwitchInterval sets. Where there is no ctypes, the methods of `socket` do
+# the same work.
 
 _DONTWAIT = socket.MSG_DONTWAIT
 _BUFFERS_PER_WRITE = 64  # in one system call; every system has room for more (IOV_MAX is 1024)
@@ -1142,7 +1147,7 @@ class Transport:
             return 0
 
     def send_all(self, buffers: Sequence[bytes | memoryview]) -> int:
-        """Write the like of many buffers."""
+        """Write as send() does, from many buffers in one system call."""
         try:
             return self.sock.sendmsg(buffers, (), _DONTWAIT)
         except BlockingIOError:
@@ -1252,8 +1257,8 @@ class TLSTransport(Transport):
     def send(self, data: bytes) -> int:
         """Encrypt and write what the socket takes at once; returns how many bytes of `data`."""
         with self.lock:
-            # As a rule. Where something is owed and nothing encrypted, receive() has written the
-            # rest of it, and send_all() counts it.
+            # The common case: the last piece is written and counted. Where something is owed though
+            # nothing encrypted is left, receive() has written the rest, and send_all() counts it.
             if not (self.encrypted or self.owed) and len(data) <= _MOST_ENCRYPTED:
                 self.tls.write(data)
                 encrypted = self.outgoing.read()
@@ -1265,7 +1270,7 @@ class TLSTransport(Transport):
         return self.send_all((data,))
 
     def send_all(self, buffers: Sequence[bytes | memoryview]) -> int:
-        """Write the like of many buffers. What is `owed` must be the beginning of them."""
+        """Write as send() does, from many buffers. What is `owed` must be the beginning of them."""
         sent = 0
         with self.lock:
             while self._write_encrypted():
@@ -1319,13 +1324,14 @@ class SwitchInterval:
     """
 
     SHORT, LONG = 0.0005, 1.0  # seconds
-    # Seconds between two looks, or more: who begins to wait during one does not ask for a while,
-    # and at 5 ms one in a hundred messages beside a flood took twice as long. And that it stays
-    # long.
-    PAUSE, HOLD = 0.02, 0.1
-    NEWCOMER = 0.001  # seconds of it, for so long, for each thread that starts
+    # Seconds between two looks, at least. During a look the interval is long, and who begins to
+    # wait then does not ask for so long: with a look every 5 ms, one in a hundred messages beside a
+    # flood took twice as long.
+    PAUSE = 0.02
+    HOLD = 0.1  # seconds that the interval stays long, before it is shortened
+    NEWCOMER = 0.001  # seconds: the interval, and how long it stays so, for each newcomer
     EXPLAINED = 8  # switches that a read explains: it sleeps, and then asks a few times
-    TOO_MANY = 20_000  # others a second; they cost 15 us each where machines are slow
+    TOO_MANY = 20_000  # other switches a second; each costs 15 us where machines are slow
 
     def __init__(self) -> None:
         # Used by all threads without a lock: it may be looked twice, and some reads not be counted.
@@ -1361,8 +1367,9 @@ class SwitchInterval:
             self.interval = max(self.SHORT, self.interval / 4)
         self.looked, self.seen, self.switches = now, reads, switches
         sys.setswitchinterval(self.interval)
-        # The system adds up what all threads did: 1 ms for 10,000 of them. What it took also counts
-        # the time that this thread could not run.
+        # getrusage() adds up what all threads did, which takes 1 ms for 10,000 of them: at most a
+        # fiftieth of the time is for looks. A long one may only have waited for a processor, so the
+        # next is never put off for longer than HOLD.
         self.due = max(self.due, now + min(self.HOLD, 50 * (now - began)))
 
 
