@@ -62,6 +62,7 @@ import websockets.sync.client
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from wsproto.frame_protocol import FrameDecoder, ParseFailed
 
 import philote
 
@@ -1282,6 +1283,21 @@ def test_frames_split_and_joined_anywhere_are_read_whole():
             while items[-1] is not None:
                 items.append(next(frames))
         assert [item for item in items if item is not None] == whole, parts
+
+
+def test_a_head_is_left_to_the_library_if_and_only_if_that_refuses_it():
+    sizes = {126: (0, 125, 126, 65535), 127: (0, 125, 65535, 65536, (1 << 63) - 1, 1 << 63)}
+    for first, short, mask in itertools.product(range(256), (0, 125, 126, 127), (0, 0x80)):
+        for size in sizes.get(short, [short]):
+            long = size.to_bytes(8, "big")[{126: 6, 127: 0}.get(short, 8):]
+            head = bytes((first, mask | short)) + long
+            frames, library = philote.read_frames(1 << 63), FrameDecoder(client=False)
+            next(frames)
+            library.receive_bytes(head)
+            left = frames.send(head)
+            with pytest.raises(ParseFailed) if left else contextlib.nullcontext():
+                library.process_buffer()
+            assert left in (None, head)
 
 
 def test_nothing_of_a_large_message_is_held_when_it_is_over():
