@@ -5417,31 +5417,6 @@ def certificate(tmp_path_factory):
     return str(path)
 
 
-@contextlib.contextmanager
-def behind_tls(server, certificate):
-    """Run a proxy that takes TLS off, in a thread; gives its URL."""
-    context, loop = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), asyncio.new_event_loop()
-    context.load_cert_chain(certificate)
-
-    async def copy(reader, writer):
-        with contextlib.suppress(OSError):
-            while data := await reader.read(65536):
-                writer.write(data)
-                await writer.drain()
-        writer.close()
-
-    async def handle(reader, writer):
-        behind = await asyncio.open_connection("127.0.0.1", port_of(server))
-        await asyncio.gather(copy(reader, behind[1]), copy(behind[0], writer))
-
-    with background(loop.run_forever):
-        proxy = asyncio.run_coroutine_threadsafe(
-            asyncio.start_server(handle, "127.0.0.1", 0, ssl=context), loop).result(PATIENCE)
-        yield f"wss://127.0.0.1:{proxy.sockets[0].getsockname()[1]}"
-        loop.call_soon_threadsafe(loop.stop)
-    loop.close()
-
-
 # For the command line
 
 def free_url(host="127.0.0.1"):
@@ -5963,28 +5938,19 @@ def test_pings_are_answered_by_a_client_that_does_nothing(server, client):
 
 # TLS
 
-@pytest.mark.parametrize("count, size", [(1000, 3000), (150, 300_000), (3, 1_048_000)])
-def test_messages_go_both_ways_at_once_through_tls(certificate, monkeypatch, count, size):
-    monkeypatch.setenv("SSL_CERT_FILE", certificate)
-    with running(max_queue_size=1 << 30) as server, behind_tls(server, certificate) as url:
-        exchange_messages(url, count, size)
-
-
+@with_settings(tls_cert=True)
 def test_errors_are_the_same_through_tls(server, certificate, monkeypatch):
-    monkeypatch.setenv("SSL_CERT_FILE", certificate)
-    with behind_tls(server, certificate) as url:
-        with pytest.raises(philote.Unauthorized, match="not signed with this server's secret"):
-            plain_client(url, BAD)
-        with pytest.raises(philote.Forbidden), plain_client(url, GOOD) as client:
-            client.publish("secret", "x")
-        client = plain_client(url, GOOD)
-        server.stop()
-        assert close_code(client.receive, PATIENCE) == 1001
-
-
-def test_a_certificate_of_nobody_is_refused(server, certificate):
-    with behind_tls(server, certificate) as url, pytest.raises(ssl.SSLCertVerificationError):
+    url = wss_of(server)
+    with pytest.raises(ssl.SSLCertVerificationError):
         plain_client(url, GOOD)
+    monkeypatch.setenv("SSL_CERT_FILE", certificate)
+    with pytest.raises(philote.Unauthorized, match="not signed with this server's secret"):
+        plain_client(url, BAD)
+    with pytest.raises(philote.Forbidden), plain_client(url, GOOD) as client:
+        client.publish("secret", "x")
+    client = plain_client(url, GOOD)
+    server.stop()
+    assert close_code(client.receive, PATIENCE) == 1001
 
 
 # Importing
@@ -7024,15 +6990,11 @@ def test_check_says_what_is_to_be_installed(tmp_path, keys_file):
           PUBLIC_KEYS=keys_file)
 
 
-def test_health_says_whether_a_server_serves(server, certificate):
+def test_health_says_whether_a_server_serves(server):
     url = url_of(server)
     assert run("health", "--url", url) == (0, f"{url}: ok\n", "")
     assert run("health", PORT=str(port_of(server))) == (
         0, f"ws://localhost:{port_of(server)}: ok\n", "")
-    with behind_tls(server, certificate) as secure:
-        assert run("health", PHILOTE_URL=secure, SSL_CERT_FILE=certificate)[0] == 0
-        for words in ("health",), ("history", "a"):
-            fails(*words, PHILOTE_URL=secure, says="certificate")
     server.stop()
     fails("health", "--url", url, says="refused")
 
@@ -7465,13 +7427,13 @@ def test_the_default_server_is_localhost_at_6380():
         check_commands()
 
 
-def test_the_commands_speak_tls(server, certificate):
-    with behind_tls(server, certificate) as url, RawClient(server, ["a"]) as reader:
-        words = "publish", "a", "x", "--url", url
-        assert run(*words, SECRET=SECRET, SSL_CERT_FILE=certificate) == (0, "", "")
-        assert reader.receive()["data"] == "x"
-        fails(*words, SECRET=SECRET, says="certificate")
-        assert reader.is_quiet()
+@with_settings(tls_cert=True)
+def test_the_commands_speak_tls(server, certificate, reader):
+    for words in ("publish", "a", "x"), ("health",), ("history", "a"):
+        environ = {**at(server), "PHILOTE_URL": wss_of(server)}
+        fails(*words, says="certificate", **environ)
+        assert run(*words, SSL_CERT_FILE=certificate, **environ)[0] == 0
+    assert reader.receive()["data"] == "x" and reader.is_quiet()
 
 
 # The three forms: the file, the installed command, and the zipapp
