@@ -4155,7 +4155,7 @@ def test_the_history_is_that_of_a_plain_list(restless):
 @pytest.mark.parametrize("way", ["websocket", "events", "pattern", "subscribe"])
 def test_whoever_is_cut_anywhere_and_comes_back_misses_nothing_and_sees_nothing_twice(
         way, restless, full):
-    """Publishers go on while subscribers are cut at random, between any two bytes."""
+    """Publishers go on while subscribers are cut at random."""
     each, publishers = (3000 if full else 300), 3
     names = ["n*"] if way == "pattern" else ["n0", "n1", "n2"]
     with running() as server, Returner(server, ["n*"]) as first:
@@ -4169,11 +4169,11 @@ def test_whoever_is_cut_anywhere_and_comes_back_misses_nothing_and_sees_nothing_
         def come_and_go(seed):
             rng, position, seen = random.Random(seed), first.beginning["id"], []
             while len(seen) < each * publishers:
-                for id, channel, data in read_until_cut(server, way, names, position, rng):
+                most = rng.randrange(1, rng.choice([4, 50, 1000]))
+                for id, channel, data in receive_some(server, way, names, position, most):
                     assert number(id) > number(position)
                     position = id
-                    if channel:
-                        seen.append((channel, data))
+                    seen.append((channel, data))
             for k in range(publishers):
                 assert [data for name, data in seen if name == f"n{k}"] == [*range(each)]
             return seen
@@ -4183,69 +4183,49 @@ def test_whoever_is_cut_anywhere_and_comes_back_misses_nothing_and_sees_nothing_
             assert all(result == seen[0].result() for result in results_of(seen))
 
 
-def read_until_cut(server, way, names, position, rng):
-    """Come back with a position and read until the connection is cut: (id, channel, data)."""
-    query = "?since=" + position
-    token = make_token(names)
-    if way == "events":
-        request = http_request("GET", "/api/events" + query, token=token)
-    elif way == "subscribe":
-        ask = frame(1, json.dumps({"subscribe": names, "since": position}))
-        request = upgrade_request(f"/?channel=n0&auth={token}") + frame(
-            1, json.dumps({"unsubscribe": ["n0"]})) + ask
+def receive_some(server, way, names, position, most):
+    """Come back with a position and leave after so many messages: (id, channel, data)."""
+    if way == "subscribe":
+        asked = {"unsubscribe": ["n0"]}, {"subscribe": names, "since": position}
+        client = RawClient(server, names, query="?channel=n0", rest=b"".join(
+            frame(1, json.dumps(value)) for value in asked))
     else:
-        request = upgrade_request("/" + query, {"Authorization": "Bearer " + token})
-    limit = rng.choice([rng.randrange(1, 400), rng.randrange(1, 5000), rng.randrange(1, 100_000)])
-    data = b""
-    with dial(server) as sock:
-        sock.sendall(request)
-        sock.settimeout(0.05)
-        with contextlib.suppress(TimeoutError):
-            while len(data) < limit and (more := sock.recv(min(65536, limit - len(data)))):
-                data += more
-    body = data.partition(b"\r\n\r\n")[2]
-    if way == "events":
-        events = [event for event in body.split(b"\n\n")[:-1]]
-        assert not any(event.startswith(b"event: gap") for event in events)
-        return [(event[4:].split(b"\n")[0].decode(), *fields(event.partition(b"data: ")[2]))
-                for event in events[1:]]
+        client = (Follower if way == "events" else RawClient)(server, names,
+                                                              query="?since=" + position)
     found = []
-    while len(body) > 3:
-        size, head = (body[1], 2) if body[1] < 126 else (int.from_bytes(body[2:4], "big"), 4)
-        if len(body) < head + size:
-            break
-        value, body = json.loads(body[head:head + size]), body[head + size:]
-        assert value.get("connected", value.get("subscribed", {"resumed": True}))["resumed"]
-        if "channel" in value and "id" in value:  # without an id: before it was subscribed
-            found.append((value["id"], value["channel"], value["data"]))
+    with client, contextlib.suppress(TimeoutError):
+        client.sock.settimeout(0.05)
+        while len(found) < most:
+            if way == "events":
+                id, _, data = b"".join(client.read_event()).partition(b"\ndata: ")
+                assert id.startswith(b"id: ")  # and no gap
+                value = {**json.loads(data or "{}"), "id": id[4:].decode()}
+            else:
+                value = client.receive()
+                assert value.get("connected", value.get("subscribed", {"resumed": True}))["resumed"]
+            if "channel" in value and "id" in value:  # without an id: before it was subscribed
+                found.append((value["id"], value["channel"], value["data"]))
     return found
 
 
-def fields(text):
-    value = json.loads(text)
-    return value["channel"], value["data"]
-
-
-def test_who_joins_while_others_publish_gets_all_behind_its_position_and_no_other(server, restless):
-    stop = threading.Event()
+def test_who_joins_while_others_publish_gets_all_behind_its_position_and_no_other(
+        server, writer, restless):
+    over = threading.Event()
 
     def publish_all_the_time():
-        with RawClient(server, write=["a"]) as writer:
-            for i in itertools.count():
-                writer.publish("a", i)
-                assert writer.is_quiet()
-                if stop.is_set():
-                    return
+        for i in itertools.count():
+            writer.publish("a", i)
+            assert writer.is_quiet()
+            if over.is_set():
+                return
 
-    with background(publish_all_the_time):
-        try:
-            for _ in range(150):
-                with Returner(server, ["a"]) as client:
-                    messages = [client.receive() for _ in range(5)]
-                    with Returner(server, ["a"], "?since=" + client.beginning["id"]) as again:
-                        assert [again.receive() for _ in range(5)] == messages
-        finally:
-            stop.set()
+    with background(publish_all_the_time), contextlib.ExitStack() as stack:
+        stack.callback(over.set)
+        for _ in range(150):
+            with Returner(server, ["a"]) as client:
+                messages = [client.receive() for _ in range(5)]
+                with Returner(server, ["a"], "?since=" + client.beginning["id"]) as again:
+                    assert [again.receive() for _ in range(5)] == messages
 
 
 # -------------------------------------------------------------------------------------------- Redis
@@ -4365,27 +4345,6 @@ def test_two_servers_on_one_redis_are_one(pair):
     wait_until(lambda: is_empty(one) and is_empty(two))
 
 
-def test_all_see_one_order_whichever_server_they_are_on(pair, full):
-    each = 5000 if full else 300
-
-    def publish_numbers(server, k):
-        with RawClient(server, write=["a"]) as writer:
-            publish_all(writer, "a", range(k * each, k * each + each))
-            assert writer.is_quiet()
-
-    with many(2, Returner, pair[0], ["a"], "?since=now") as near, \
-            many(2, Returner, pair[1], ["a"], "?since=now") as far, \
-            background(*[partial(publish_numbers, server, 2 * k + n)
-                         for n, server in enumerate(pair) for k in range(2)]), \
-            background(*[lambda c=c: [c.receive() for _ in range(4 * each)]
-                         for c in near + far]) as seen:
-        first, *others = results_of(seen)
-    assert all(other == first for other in others)
-    for k in range(4):
-        own = range(k * each, k * each + each)
-        assert [item["data"] for item in first if item["data"] in own] == [*own]
-
-
 def test_a_client_resumes_on_another_server_and_on_one_that_starts_later(pair, store):
     one, two = pair
     with Returner(one, ["a"], "?since=now") as client:
@@ -4455,33 +4414,32 @@ def stall(store, proxy):
 
 @pytest.mark.parametrize("disturb", [
     disturb_nothing, kill, kill_clients, stop_for_a_while, cut, stall], ids=lambda f: f.__name__)
-def test_whatever_breaks_between_server_and_redis_nothing_is_lost_or_comes_twice(
+def test_whatever_breaks_between_server_and_redis_all_see_one_order_and_all_once(
         store, hasty, disturb, full):
     count = 5000 if full else 600
     with Proxy(store) as proxy, running(redis_url=through(proxy)) as one, \
             running(redis_url=store.url) as two:
         def publish_numbers(server, name):
-            with RawClient(server, write=[name]) as writer:
+            with RawClient(server, write=["a"]) as writer:
                 for i in range(count):
-                    writer.publish(name, i)
+                    writer.publish("a", [name, i])
                     if i % (count // 60) == 0:
                         time.sleep(0.02)
                 assert writer.is_quiet()
 
-        names = ["one", "two"]
-        with many(2, RawClient, one, names) as near, many(2, RawClient, two, names) as far, \
-                many(1, Returner, one, names, "?since=now") as told, \
-                background(*[lambda c=c: [c.receive() for _ in range(2 * count)]
-                             for c in near + far + told]) as seen, \
-                background(partial(publish_numbers, one, "one"),
-                           partial(publish_numbers, two, "two")):
+        names = {"x": one, "y": one, "z": two}
+        with many(2, RawClient, one, ["a"]) as near, many(2, RawClient, two, ["a"]) as far, \
+                many(1, Returner, one, ["a"], "?since=now") as told, \
+                background(*[partial(client.receive_data, 3 * count)
+                             for client in near + far + told]) as seen, \
+                background(*[partial(publish_numbers, server, name)
+                             for name, server in names.items()]):
             time.sleep(0.3)
             disturb(store, proxy)
-        order = [(item["channel"], item["data"]) for item in seen[0].result()]
-        for result in results_of(seen):
-            assert [(item["channel"], item["data"]) for item in result] == order
+        order, *others = results_of(seen)
+        assert all(other == order for other in others)
         for name in names:
-            assert [data for channel, data in order if channel == name] == [*range(count)]
+            assert [number for source, number in order if source == name] == [*range(count)]
         wait_until(lambda: not one.log.reason and not two.log.reason)
         assert totals(one)["redis_gaps"] == totals(two)["redis_gaps"] == 0
 
@@ -4841,17 +4799,6 @@ def test_a_shutdown_appends_delivers_and_only_then_ends(store, monkeypatch):
             assert reader.read_close() == 1001
         assert command.end()[0] == 0
         wait_until(lambda: len(cluster_of(two)["servers"]) == 1)  # it took leave
-
-
-def test_the_clients_of_a_server_that_is_killed_go_on_at_another(store, quick):
-    with serving(REDIS_URL=store.url) as one, running(redis_url=store.url) as two, \
-            Proxy(one) as proxy, philote.Client(proxy.url, GOOD) as client:
-        publish_to(two, "aa")
-        assert receive_until(client, 2) == ([0, 1], 0)
-        proxy.server = two
-        one.kill()
-        publish_to(two, "aa", 2)
-        assert receive_until(client, 2) == ([2, 3], 0)
 
 
 def test_clients_that_move_between_servers_under_faults_miss_nothing(store, hasty, quick, full):
@@ -7758,12 +7705,6 @@ def test_two_tabs_that_are_cut_again_and_again_miss_nothing(server, browser, pro
             assert not seen(page, "gap") and len({s["issuer"] for s in seen(page, "open")}) > 1
 
 
-def test_a_burst_of_10000_messages_arrives_in_order(server, tab):
-    start(tab, url_of(server), "b*")
-    publish(server, [{"channel": "b", "data": n} for n in range(10_000)], make_token(write=["b"]))
-    wait_for_data(tab, [*range(10_000)])
-
-
 def test_a_page_comes_back_to_a_server_that_was_restarted_and_knows_of_the_gap(server, tab):
     token = make_token(["a"], ["a"])
     with running() as first:
@@ -7883,114 +7824,107 @@ def test_it_runs_in_node(server, tmp_path):
 
 # -------------------------------------------------------------------------------------- the console
 
-def test_a_person_uses_the_console_from_top_to_bottom(server, browser):
+@pytest.fixture
+def console(browser, server):
+    """The console in a page."""
+    with browser.new_context() as context:
+        yield new_tab(context, server, "", "localhost")
+
+
+def test_a_person_uses_the_console_from_top_to_bottom(server, console):
     token = make_token(["*"], ["*"], sub="alice", api=True)
     hostile = "<img src=x onerror=\"document.title='caught'\">"
-    with browser.new_context() as context:
-        page = new_tab(context, server, "", "localhost")
-        log, button = page.get_by_role("log"), partial(page.get_by_role, "button")
-        page.get_by_label("Token").fill(token)
-        page.get_by_text("alice").wait_for()
-        button(name="Connect").click()
-        page.locator("[data-state=open]").wait_for()
-        page.get_by_label("Channel").fill("chat.de")
-        page.get_by_label("Data").fill("it's me")
-        button(name="Publish").click()
-        log.get_by_text("it's me").wait_for()
-        publish(server, {"channel": "news", "data": hostile}, make_token(write=["*"], sub=hostile))
-        log.get_by_text(hostile).first.wait_for()
-        assert log.locator("img").count() == 0 and page.title() == "Philote"
-        page.get_by_text("3 shown").wait_for()
-        page.get_by_label("Filter").fill("chat")
-        assert not log.get_by_text(hostile).first.is_visible()
-        page.get_by_text("2 shown").wait_for()
-        page.get_by_label("Filter").fill("")
-        button(name="Pause").click()
-        publish(server, {"channel": "news", "data": "held"}, make_token(write=["*"]))
-        page.get_by_text("1 wait").wait_for()
-        button(name="Pause").click()
-        log.get_by_text("held").wait_for()
-        button(name="Cut").click()
-        log.get_by_text("connected as").nth(1).wait_for()
-        page.get_by_text("slow consumers").wait_for()
-        assert "curl -d" in page.locator("#curl").text_content() and token not in page.url
-        assert page.locator("html").evaluate(
-            "() => localStorage.length + sessionStorage.length") == 0
-        assert not page.faults
+    log, button = console.get_by_role("log"), partial(console.get_by_role, "button")
+    console.get_by_label("Token").fill(token)
+    console.get_by_text("alice").wait_for()
+    button(name="Connect").click()
+    console.locator("[data-state=open]").wait_for()
+    console.get_by_label("Channel").fill("chat.de")
+    console.get_by_label("Data").fill("it's me")
+    button(name="Publish").click()
+    log.get_by_text("it's me").wait_for()
+    publish(server, {"channel": "news", "data": hostile}, make_token(write=["*"], sub=hostile))
+    log.get_by_text(hostile).first.wait_for()
+    assert log.locator("img").count() == 0 and console.title() == "Philote"
+    console.get_by_text("3 shown").wait_for()
+    console.get_by_label("Filter").fill("chat")
+    assert not log.get_by_text(hostile).first.is_visible()
+    console.get_by_text("2 shown").wait_for()
+    console.get_by_label("Filter").fill("")
+    button(name="Pause").click()
+    publish(server, {"channel": "news", "data": "held"}, make_token(write=["*"]))
+    console.get_by_text("1 wait").wait_for()
+    button(name="Pause").click()
+    log.get_by_text("held").wait_for()
+    button(name="Cut").click()
+    log.get_by_text("connected as").nth(1).wait_for()
+    console.get_by_text("slow consumers").wait_for()
+    assert "curl -d" in console.locator("#curl").text_content() and token not in console.url
+    assert console.evaluate("localStorage.length + sessionStorage.length") == 0
+    assert not console.faults
 
 
-def test_the_console_takes_claims_that_are_no_object_for_none(server, browser):
-    with browser.new_context() as context:
-        page = new_tab(context, server, "")
-        for claims in "5", '"text"', "null", "[]":
-            page.get_by_label("Token").fill(f"x.{base64.b64encode(claims.encode()).decode()}.x")
-            assert page.locator("#claims dd").all_text_contents() == ["nothing", "nothing", "never"]
-        assert not page.faults
+def test_the_console_takes_claims_that_are_no_object_for_none(console):
+    for claims in "5", '"text"', "null", "[]":
+        console.get_by_label("Token").fill(f"x.{base64.b64encode(claims.encode()).decode()}.x")
+        assert console.locator("#claims dd").all_text_contents() == ["nothing", "nothing", "never"]
+    assert not console.faults
 
 
 @with_settings(secret="")
-def test_without_a_secret_the_console_lets_its_user_in_on_a_narrow_screen(server, browser):
-    with browser.new_context(viewport={"width": 380, "height": 700}) as context:
-        page = new_tab(context, server, "", "localhost")
-        page.get_by_role("button", name="Let me in").click()
-        page.locator("[data-state=open]").wait_for()
-        assert page.locator("html").evaluate("page => page.scrollWidth") == 380
-        assert not page.faults
+def test_without_a_secret_the_console_lets_its_user_in_on_a_narrow_screen(console):
+    console.set_viewport_size({"width": 380, "height": 700})
+    console.get_by_role("button", name="Let me in").click()
+    console.locator("[data-state=open]").wait_for()
+    assert console.evaluate("document.documentElement.scrollWidth") == 380
+    assert not console.faults
 
 
-def test_the_console_says_why_a_token_was_refused(server, browser):
-    with browser.new_context() as context:
-        page = new_tab(context, server, "")
-        page.get_by_label("Token").fill(make_token(["a"], exp=5))
-        page.get_by_text("it has expired").wait_for()
-        page.get_by_role("button", name="Connect").click()
-        page.get_by_role("log").get_by_text("the token has expired").first.wait_for()
+def test_the_console_says_why_a_token_was_refused(console):
+    console.get_by_label("Token").fill(make_token(["a"], exp=5))
+    console.get_by_text("it has expired").wait_for()
+    console.get_by_role("button", name="Connect").click()
+    console.get_by_role("log").get_by_text("the token has expired").first.wait_for()
 
 
-def test_the_console_leaves_alone_what_stays_the_same(server, browser):
-    with browser.new_context() as context:
-        page = new_tab(context, server, "")
-        page.get_by_label("Token").fill(GOOD)
-        assert page.evaluate("""async () => {
-          const texts = [...document.querySelectorAll("#state, #position, #claims dd")].map(
-            element => element.firstChild);
-          await new Promise(resolve => setTimeout(resolve, 1100)); // it looks each second
-          return texts.map(text => text.isConnected);
-        }""") == [True] * 5
+def test_the_console_leaves_alone_what_stays_the_same(console):
+    console.get_by_label("Token").fill(GOOD)
+    assert console.evaluate("""async () => {
+      const texts = [...document.querySelectorAll("#state, #position, #claims dd")].map(
+        element => element.firstChild);
+      await new Promise(resolve => setTimeout(resolve, 1100)); // it looks each second
+      return texts.map(text => text.isConnected);
+    }""") == [True] * 5
 
 
-def test_the_console_asks_for_the_state_of_the_server_once_at_a_time(server, browser):
+def test_the_console_asks_for_the_state_of_the_server_once_at_a_time(console):
     held = []
-    with browser.new_context() as context:
-        page = new_tab(context, server, "")
-        page.evaluate("""() => {
-          const wait = setTimeout;
-          window.looks = 0;
-          window.setTimeout = (work, ms) => { looks += ms === 2000; return wait(work, ms); };
-        }""")
-        page.route("**/api/info", lambda route: held.append(route))
-        page.get_by_label("Token").fill(API)
-        for count in 1, 2:
-            page.get_by_role("button", name="Connect").click()
-            wait_until(lambda: page.wait_for_timeout(1) or len(held) == count)
-        for route in held:
-            route.fulfill(response=route.fetch())
-        page.unroute("**/api/info")
-        page.get_by_text("slow consumers").wait_for()
-        assert page.evaluate("looks") == 1
+    console.evaluate("""() => {
+      const wait = setTimeout;
+      window.looks = 0;
+      window.setTimeout = (work, ms) => { looks += ms === 2000; return wait(work, ms); };
+    }""")
+    console.route("**/api/info", lambda route: held.append(route))
+    console.get_by_label("Token").fill(API)
+    for count in 1, 2:
+        console.get_by_role("button", name="Connect").click()
+        wait_until(lambda: console.wait_for_timeout(1) or len(held) == count)
+    for route in held:
+        route.fulfill(response=route.fetch())
+    console.unroute("**/api/info")
+    console.get_by_text("slow consumers").wait_for()
+    assert console.evaluate("looks") == 1
 
 
-def test_the_console_shows_the_servers_of_a_cluster(server, browser):
+def test_the_console_shows_the_servers_of_a_cluster(console):
     def add_cluster(route):
         answer = route.fetch()
         route.fulfill(response=answer, json={**answer.json(), "cluster": {
             "up": False, "reason": "no answer", "servers": [
                 {"id": "one", "host": "<b>h</b>", "version": "1", "connections": 3, "since": 5}]}})
 
-    with browser.new_context() as context:
-        page = new_tab(context, server, "")
-        page.route("**/api/info", add_cluster)
-        page.get_by_label("Token").fill(API)
-        page.get_by_role("button", name="Connect").click()
-        page.get_by_role("cell", name="<b>h</b>").wait_for()
-        page.get_by_text("no answer").wait_for()
+    console.route("**/api/info", add_cluster)
+    console.get_by_label("Token").fill(API)
+    console.get_by_role("button", name="Connect").click()
+    console.get_by_role("cell", name="<b>h</b>").wait_for()
+    console.get_by_text("no answer").wait_for()
