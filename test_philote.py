@@ -3883,9 +3883,7 @@ def test_the_history_is_told_over_http():
         assert history_of(server, "", ["b"]) == ([1, 3, 5], ids[-1], True)
         publish(server, [{"channel": "c", "data": "x" * 500}] * 90, make_token(write=["c"]))
         seen, position = [], ids[0]
-        while page := history_of(server, f"?channel=c&since={position}"):
-            if not page[0]:
-                break
+        while (page := history_of(server, f"?channel=c&since={position}"))[0]:
             assert page[2] and len(page[0]) < 60
             seen, position = seen + page[0], page[1]
         assert len(seen) == 90
@@ -3896,16 +3894,8 @@ def test_a_quiet_client_is_told_its_position():
             Follower(server, ["a"], "?since=now") as stream, RawClient(server, ["a"]) as plain:
         stream.read_event()
         wanted, = publish_to(server, "z")
-        quiet = threading.Event()
-
-        def answer_pings():
-            while not quiet.is_set():
-                opcode, payload = client.read_frame()
-                if opcode == 9:
-                    client.send(frame(10))
-                elif json.loads(payload) == {"id": wanted}:
-                    quiet.set()
-        answer_pings()
+        while client.receive() != {"id": wanted}:
+            pass
         assert stream.read_event() == [b"id: %b\n" % wanted.encode()]
         assert plain.read_frame()[0] == 9
 
@@ -7081,16 +7071,6 @@ def test_subscribe_takes_channels_and_no_others_and_begins_where_it_is_told_to(s
     fails("subscribe", "secret", "--token", GOOD, says='"secret"', **environ)
 
 
-def test_subscribe_resumes_where_it_was_cut(server, proxy):
-    with Command("subscribe", "a", "--url", proxy.url, SECRET=SECRET) as command:
-        wait_until(lambda: command.says("following a"))
-        for i in range(3):
-            publish_to(server, "a", i)
-            proxy.cut()
-        wait_until(lambda: command.out == ["0\n", "1\n", "2\n"])
-        assert command.stop(signal.SIGINT)[0] == 0
-
-
 def test_history_prints_what_is_kept():
     with running(max_queue_size=2000, history_size=30_000) as server:
         ids = publish_to(server, "abab" + "c" * 60)
@@ -7474,10 +7454,11 @@ def start(page, url, *names, token=None, **options):
     page.evaluate("philote.publish('a', 'joined')")  # is answered behind the subscriptions
 
 
-def start_scripted(page, *names, **options):
-    """Make a client in a page whose server is the test."""
+def scripted(page, steps, *names, **options):
+    """Make a client in a page whose server are these steps; what they return."""
     page.evaluate(SCRIPTED + "void 0")
     page.evaluate(START, ["ws://localhost", {"token": "", **options}, names])
+    return page.evaluate(f"async () => {{ {steps} }}")
 
 
 def seen(page, kind):
@@ -7578,15 +7559,13 @@ def test_a_subscription_ends_and_a_page_goes_on_where_an_earlier_one_was(server,
 
 
 def test_a_position_is_that_of_before_until_its_messages_have_come(tab):
-    start_scripted(tab, "a", since="3-0")
-    positions = tab.evaluate("""() => [begin, () => hearOf("4-0", "a"), joined].map(
-        step => { step(); return philote.position; })""")
-    assert positions == ["3-0", "3-0", "9-0"] and tab.evaluate("got") == ["4-0"]
+    assert scripted(tab, """return [begin, () => hearOf("4-0", "a"), joined].map(
+        step => { step(); return philote.position; })""", "a", since="3-0") == ["3-0", "3-0", "9-0"]
+    assert tab.evaluate("got") == ["4-0"]
 
 
 def test_what_is_followed_later_begins_later_though_the_connection_is_cut(tab):
-    start_scripted(tab, "a", since="3-0")
-    assert tab.evaluate("""async () => {
+    assert scripted(tab, """
       begin();
       follow("b");
       const lost = socket;
@@ -7594,24 +7573,22 @@ def test_what_is_followed_later_begins_later_though_the_connection_is_cut(tab):
       while (socket === lost) await new Promise(done => setTimeout(done, 5));
       begin();
       return sent.map(({ subscribe, since }) => [...subscribe, since ?? "now"]);
-    }""") == [["a", "3-0"], ["b", "now"]] * 2
+    """, "a", since="3-0") == [["a", "3-0"], ["b", "now"]] * 2
 
 
 def test_what_was_left_is_not_joined_again_when_a_list_is_refused(tab):
-    start_scripted(tab, "secret")
-    assert tab.evaluate("""() => {
+    assert scripted(tab, """
       const stop = follow("b");
       begin();
       const { ref } = sent.at(-1);
       stop();
       hear({ ref, error: "forbidden", reason: "" });
       return sent.map(({ subscribe, unsubscribe }) => subscribe ?? unsubscribe);
-    }""") == [["secret", "b"], ["b"], ["secret"]]
+    """, "secret") == [["secret", "b"], ["b"], ["secret"]]
 
 
 def test_nothing_is_called_after_a_close(tab):
-    start_scripted(tab)
-    assert tab.evaluate("""() => {
+    assert scripted(tab, """
       const got = [];
       philote.subscribe("a", ({ id }) => { got.push(id); philote.close(); }, { last: 2 });
       begin();
@@ -7619,18 +7596,17 @@ def test_nothing_is_called_after_a_close(tab):
       hearOf("2-0", "a");
       joined();
       return got;
-    }""") == ["1-0"]
+    """) == ["1-0"]
 
 
 def test_what_waits_is_published_as_it_was(tab):
-    start_scripted(tab)
-    assert tab.evaluate("""() => {
+    assert scripted(tab, """
       const data = [1];
       philote.publish("a", data);
       data.push(2n); // which JSON has no word for
       begin();
       return sent.at(-1).data;
-    }""") == [1]
+    """) == [1]
 
 
 def test_an_end_for_good_leaves_no_promise_and_no_listener(tab):
@@ -7642,12 +7618,11 @@ def test_an_end_for_good_leaves_no_promise_and_no_listener(tab):
         listen(type, work, options);
       };
     }""")
-    start_scripted(tab)
-    assert tab.evaluate("""() => {
+    assert scripted(tab, """
       const lost = philote.publish("a", 1).catch(error => error.code);
       socket.onclose({ code: 4403, reason: "" });
       return Promise.race([lost, new Promise(resolve => setTimeout(resolve, 1000))]);
-    }""") == "closed"
+    """) == "closed"
     assert tab.evaluate("signals.map(signal => signal.aborted)") == [True] * 3
 
 
