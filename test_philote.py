@@ -5779,11 +5779,6 @@ def test_close_leaves_a_server_that_reads_nothing():
 
 # Many messages, large ones, and several threads
 
-def test_two_threads_exchange_10000_messages_both_ways_in_order():
-    with running(max_queue_size=1 << 26) as server:
-        exchange_messages(url_of(server), 10_000)
-
-
 @pytest.mark.parametrize("count, sizes", [
     (5, [10, 5_000_000, 100, 70_000, 1000]), (1000, [1, 10, 20, 30])], ids=["large", "small"])
 @with_settings(max_message_size=1 << 26, max_queue_size=1 << 28)
@@ -5852,16 +5847,6 @@ def test_messages_are_put_together_however_they_come(fragments, step):
 
     with answering(script) as url, plain_client(url) as client:
         assert receive_all(client, 2) == ["first", "h\u00e9" * 1000]
-
-
-@with_settings(ping_interval=0.2)
-def test_pings_are_answered_by_a_client_that_does_nothing(server, client):
-    with connect(server, write=["a"]) as writer:
-        before = totals(server)["bytes_received"]
-        wait_until(lambda: totals(server)["bytes_received"] >= before + 2 * 5 * len(frame(10)))
-        assert subscriber_count(server) == 2
-        writer.publish("a", "x")
-        assert client.receive(PATIENCE).data == "x"
 
 
 # TLS
@@ -6081,16 +6066,6 @@ def test_a_message_that_two_servers_published_acknowledges_none_behind_it(quick,
             philote.Client(url) as client:
         client.publish("a", sent)
         assert client.publish("a", "second", wait=True) == "6-0"
-
-
-def test_what_is_published_before_a_channel_is_joined_later_comes_too(server, monkeypatch):
-    monkeypatch.setattr(philote, "_LONGEST_QUERY", 20)  # internal
-    waits, go = hold(monkeypatch, philote.Client, "_send_again")
-    with philote.Client(url_of(server), make_token(["a", "b"]), ["a", "b"]) as client:
-        assert waits.wait(PATIENCE)
-        publish_to(server, "ab")
-        go.set()
-        assert receive_until(client, 2) == ([0, 1], 0)
 
 
 @pytest.mark.parametrize("since, expected", [("now", ["1-0"]), ("10m", ["10m", "1-0"])])
