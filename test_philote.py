@@ -5866,8 +5866,6 @@ def test_errors_are_the_same_through_tls(server, certificate, monkeypatch):
     assert close_code(client.receive, PATIENCE) == 1001
 
 
-# Importing
-
 # A client that comes back
 
 class Proxy:
