@@ -2969,7 +2969,7 @@ class RedisLog(Log):
     # The holder of the log's lock
 
     def _look_back(self, past: Past, names: Names, kept: Iterable[str],
-                   seen: int) -> tuple[int, bool, list[int]]:
+                   seen: int) -> tuple[int, bool, dict[str, int]]:
         if past.since and past.partly:  # it was reckoned from our clock
             past = past._replace(since=max(0, past.since + self.ahead))
         return super()._look_back(past, names, kept, seen)
