@@ -3100,7 +3100,9 @@ class RedisLog(Log):
         return "{}-{}".format(*min(floors, default=(0, 0)))
 
     def _living(self) -> list[dict[str, Any]]:
-        now = self.failed_at if self.failure else time.monotonic()
+        # Who is not heard while we do not hear is not gone: behind a break, or where this process
+        # was stopped, what the others said meanwhile is still to be read.
+        now = self.failed_at if self.failure else self.at_end
         return [about for about, heard in self.servers.copy().values() if now < heard + _GONE_TIME]
 
     # The reading thread

@@ -4867,11 +4867,22 @@ def test_behind_a_break_the_stream_is_not_cut_past_who_was_not_heard_meanwhile()
     floors, now = [], time.monotonic()
     server = philote.RedisLog(philote.Settings(redis_url="redis://localhost"))
     server.servers = Servers(other=({"floor": "1-0"}, now - 90), own=({"floor": "9-0"}, now))
-    server.failure, server.failed_at = "away", now - 80
+    server.failure, server.failed_at, server.at_end = "away", now - 80, now
     entry = outgoing()
     entry.sent = now
     server._recover(entry)
     assert not server.failure and [*floors, server._find_floor()] == ["1-0", "1-0"]
+
+
+def test_the_stream_is_not_cut_past_who_was_not_heard_while_this_server_was_stopped():
+    server = philote.RedisLog(philote.Settings(redis_url="redis://localhost"))
+    now = server.at_end = time.monotonic()  # it has read all, and is stopped for 90 seconds
+    server.servers = {"other": ({"floor": "1-0"}, now), "near": ({"floor": "9-0"}, now + 90)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(philote.time, "monotonic", lambda: now + 90)
+        assert server._find_floor() == "1-0"  # internal
+    server.at_end = now + 90  # it has read all that came meanwhile
+    assert server._find_floor() == "9-0"
 
 
 def test_who_took_leave_does_not_come_to_life_again_and_appends_what_the_log_lost():
