@@ -2778,6 +2778,7 @@ class RedisLog(Log):
         self.redis, self.connect, self.address = _find_redis(settings.redis_url)
         self.key = settings.redis_key
         self.id = uuid.uuid4().hex[:16].encode()
+        self.head = [*_FORMAT, b"server", self.id, b"number", b"0"]  # of our entries
         self.began = round(time.time())
         self.position = 0
         self.outbox = Outbox()
@@ -2853,9 +2854,8 @@ class RedisLog(Log):
 
     def publish(self, batch: Batch) -> None:
         """Let messages be appended; who wants to know is told when they have come back."""
-        fields = [*_FORMAT, b"server", self.id, b"number", b"", b"channel",
-                  batch.channel.encode("utf-8", "surrogatepass"), b"issuer", batch.issuer.encode(),
-                  b"user", batch.user]
+        fields = [*self.head, b"channel", batch.channel.encode("utf-8", "surrogatepass"),
+                  b"issuer", batch.issuer.encode(), b"user", batch.user]
         for payload in batch.payloads:
             fields += b"message", payload
         self.outbox.put(Outgoing(fields, batch.tells, batch.connection))
@@ -3061,10 +3061,11 @@ class RedisLog(Log):
         # Behind an entry with a higher id Redis counts on from there; who reads it knows that
         # something may be missing. What was just appended in front of it is withdrawn: who starts
         # would read it there, forget it at the gap, and drop it where it is appended again.
-        with contextlib.suppress(self.redis.ResponseError):  # another server was faster
-            self._execute(connection, ("XDEL", self.key, *ids), (
-                "XADD", self.key, f"{before[0]}-{before[1] + 1}",
-                *_FORMAT, "server", self.id, "number", 0, "lift", ""))
+        lift = "XADD", self.key, f"{before[0]}-{before[1] + 1}", *self.head, "lift", ""
+        for command in ("XDEL", self.key, *ids), lift:
+            # We may not delete, or another server was faster to lift.
+            with contextlib.suppress(self.redis.ResponseError):
+                self._execute(connection, command)
         self.outbox.restore()
 
     def _look_whether_entries_return(self, now: float) -> None:
@@ -3090,8 +3091,7 @@ class RedisLog(Log):
         return self._make_entry(b"heartbeat", about)
 
     def _make_entry(self, kind: bytes, value: Any) -> Outgoing:
-        return Outgoing([*_FORMAT, b"server", self.id, b"number", b"", kind,
-                         json.dumps(value).encode()])
+        return Outgoing([*self.head, kind, json.dumps(value).encode()])
 
     def _find_floor(self) -> str:
         # The stream is cut in front of the lowest floor of all servers that live. That of each is
