@@ -1501,8 +1501,7 @@ class Connection:
         with self.lock:
             if not self._move(to):
                 return False
-            if head:
-                self.pending.append(head)
+            self.put(head)
             self.handler = handler or self.handler
             return True
 
@@ -2167,7 +2166,7 @@ class History:
     def last(self, count: int, names: Iterable[str]) -> dict[str, int]:
         """Find the ids at which the last so many messages of each channel begin."""
         lasts: dict[str, int] = {}
-        for name in names:
+        for name in names if count else ():
             if name in self.by_name:
                 left = count
                 for first, _, payloads, _ in reversed(self.by_name[name][1]):
@@ -2430,8 +2429,6 @@ class Log:
             past.partly or past.since <= self.position)
         if past.since is not None and (met or past.partly):
             return min(max(past.since, self.history.floor), self.position), met, {}
-        if not past.last:
-            return self.position, met, {}
         new = filter(names.cover, self.history.names_behind(seen))
         return self.position, met, self.history.last(past.last, {*kept, *new})
 
