@@ -234,15 +234,15 @@ def _parse_redis_url(text: str) -> str:
 
 def _is_bare_key(text: str) -> bool:
     # A public key or a certificate as identity providers show it, PEM without its first and last
-    # line: in base64 a sequence of just this length that begins with another (X.690, DER). Whoever
-    # takes one for a SECRET makes a secret of what everybody knows.
+    # line: in base64 a sequence of just this length (X.690, DER) that begins with another, or for
+    # RSA with a large number. Who takes one for a SECRET makes a secret of what everybody knows.
     try:
         data = base64.b64decode("".join(text.replace("\\n", "").split()), validate=True)
     except ValueError:
         return False
-    long = data[1] & 0x7F if data[1:2] > b"\x80" else 0  # bytes that the length takes
-    size = int.from_bytes(data[2:2 + long], "big") if long else (data[1] if data[1:] else -1)
-    return data[:1] == b"0" == data[2 + long:3 + long] and len(data) == 2 + long + size
+    head = re.match(rb"0([\0-\x7f]|\x81.|\x82..)(?=0|\x02[\x81\x82])", data, re.DOTALL)
+    return head is not None and len(data) == head.end() + int.from_bytes(
+        head[1][1:] or head[1], "big")
 
 
 def _parse_file(text: str) -> str:
@@ -254,10 +254,9 @@ def _parse_file(text: str) -> str:
 def _parse_keys(text: str) -> str:
     if "://" in text:
         url = urllib.parse.urlsplit(text)
-        if (not re.fullmatch("[!-~]+", text) or "@" in url.netloc or not url.hostname
-                or url.port == 0):
-            raise ValueError
-        if url.scheme != "https" and not (url.scheme == "http" and is_local_name(url.netloc)):
+        is_safe = url.scheme == "https" or url.scheme == "http" and is_local_name(url.netloc)
+        if (not is_safe or not re.fullmatch("[!-~]+", text) or "@" in url.netloc
+                or not url.hostname or url.port == 0):
             raise ValueError
         return text
     return _parse_file(text)

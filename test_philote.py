@@ -452,7 +452,9 @@ def test_the_defaults_are_those_of_the_original():
 
 
 @pytest.mark.parametrize("name, value, expected", [
-    ("SECRET", "s3cret", "s3cret"), ("HOST", "::1", "::1"), ("HOST", "", ""),
+    *[("SECRET", text, text) for text in (
+        "s3cret", "", "0", "MAA", "MAA=", "MAMCAQA=", "MIEA", "MIL/", "{", "kty")],
+    ("HOST", "::1", "::1"), ("HOST", "", ""),
     ("HOST", "unix:/run/philote.sock", "unix:/run/philote.sock"),
     ("PORT", "0", 0), ("PORT", "65535", 65535), ("LOGLEVEL", "debug", "debug"),
     ("LOGLEVEL", "PANIC", "panic"), ("LOGLEVEL", "fatal", "fatal"), ("MAX_CONNECTIONS", "1", 1),
@@ -703,7 +705,10 @@ def without_signature(header):
     public_pem("secp256r1").encode(), public_pem("secp256r1").strip().encode(),
     certificate_pem("rsa2048").encode(), public_pem("secp256r1").encode() + certificate_pem(
         "rsa2048").encode(), base64.b64decode("".join(public_pem("secp256r1").split("\n")[1:-2])),
-    "".join(public_pem("secp256r1").split("\n")[1:-2]).encode(), b"", b"\0"], ids=range(8))
+    *["".join(public_pem(kind).split("\n")[1:-2]).encode() for kind in (
+        "secp256r1", "rsa1024", "rsa2048")],
+    base64.b64encode(private_key("rsa2048").public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.PKCS1)), b"", b"\0"], ids=range(11))
 def test_the_text_of_a_public_key_is_nobodys_secret(keys_file, public):
     token = raw_token({"alg": "HS256"}, {"read": ["a"]}, secret=public)  # PyJWT would not
     for secret in ("", SECRET):
