@@ -976,6 +976,7 @@ def _is_well_formed(first: int, second: int, size: int) -> bool:
 
 
 def _gather(part: bytes, size: int) -> Generator[None, bytes, bytes]:
+    # The bytes of a frame that came in part, at least `size`; more may have come with the last.
     buffer = bytearray(part)
     while len(buffer) < size:
         buffer += yield None
@@ -1026,7 +1027,7 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
     data, at, fragments = b"", 0, _Fragments()
     while True:
         have = len(data) - at
-        second = data[at + 1] if have >= 2 else 0
+        second = data[at + 1] if have >= 2 else 0  # the shortest head, until it has come
         body = at + _HEAD_SIZE[second & 0x7F]
         if have < body - 4 - at:  # all but the mask, which is not needed to judge
             rest, data, payload = data[at:], b"", b""  # nothing big is held while it waits
