@@ -5243,6 +5243,12 @@ def plain(opcode, payload=b""):
     return frame(opcode, payload, mask=b"")
 
 
+def beginning(ping=25):
+    """What a server says first to a client that asks for positions."""
+    return plain(1, json.dumps({"connected": {
+        "issuer": "us", "id": "1-0", "resumed": True, "channels": ["a"], "ping": ping}}))
+
+
 class ServerEnd:
     """The server's end of a connection. The head of the client's handshake has been read."""
 
@@ -5251,12 +5257,11 @@ class ServerEnd:
         self.head = b"".join(itertools.takewhile(bytes.strip, iter(file.readline, b"")))
         nonce = re.search(rb"(?i)sec-websocket-key: *(\S+)", self.head)[1]
         digest = hashlib.sha1(nonce + b"258EAFA5-E914-47DA-95CA-C5AB0DC85B11").digest()
-        self.upgrade = (
+        self.bare_upgrade = (
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Accept: " + base64.b64encode(digest) + b"\r\n\r\n")
-        if b"since=" in self.head:  # a client that comes back asks for positions
-            self.upgrade += plain(1, json.dumps({"connected": {
-                "issuer": "us", "id": "1-0", "resumed": True, "channels": ["a"], "ping": 25}}))
+        # A client that comes back asks for positions.
+        self.upgrade = self.bare_upgrade + (beginning() if b"since=" in self.head else b"")
 
     def send(self, *parts):
         """Send parts; between them the client has the time to do something wrong."""
@@ -6257,19 +6262,9 @@ def test_the_past_is_received_first(server):
         assert receive_until(client, 1) == ([2], 1)
 
 
-def beginning(**changes):
-    return plain(1, json.dumps({"connected": {
-        "issuer": "us", "id": "1-0", "resumed": True, "channels": ["a"], "ping": 25, **changes}}))
-
-
-def bare(end):
-    """The answer to the handshake without what this server says behind it."""
-    return end.upgrade[:end.upgrade.index(b"\r\n\r\n") + 4]
-
-
 def test_a_server_that_is_dead_is_noticed_within_two_heartbeats(quick):
     def be_silent(end):
-        end.send(bare(end) + beginning(ping=0.2))
+        end.send(end.bare_upgrade + beginning(ping=0.2))
         end.read_frame()
 
     with answering(be_silent, lambda end: end.work(plain(1, stamped("here")))) as url, \
@@ -6277,11 +6272,16 @@ def test_a_server_that_is_dead_is_noticed_within_two_heartbeats(quick):
         assert client.receive(PATIENCE).data == "here"
 
 
-def test_a_server_that_knows_no_positions_is_named(impatient):
-    for script in (lambda end: end.work(), lambda end: end.work(plain(1, stamped("x")))):
-        with answering(lambda end: end.send(bare(end)) or script(end)) as url:
-            with pytest.raises((philote.PhiloteError, TimeoutError)):
-                philote.Client(url, GOOD)
+@pytest.mark.parametrize("frames, error, says", [
+    (b"", TimeoutError, "does not answer"),
+    (plain(1, stamped("x")), philote.PhiloteError, "does not know of positions")], ids=short)
+def test_a_server_that_knows_no_positions_is_named(impatient, frames, error, says):
+    def script(end):
+        end.send(end.bare_upgrade + frames)
+        end.answer_close()
+
+    with answering(script) as url, pytest.raises(error, match=says):
+        philote.Client(url, GOOD)
 
 
 def test_what_nobody_receives_is_bounded_and_ends_in_a_gap(server, monkeypatch):
@@ -7030,7 +7030,7 @@ def test_subscribe_waits_for_a_server_with_growing_pauses_and_comes_back():
 @pytest.mark.parametrize("answer, reason", [
     (lambda end: end.upgrade + plain(8, 1000), "closed with 1000"),
     (lambda end: end.upgrade + plain(8, 1012), "closed with 1012"),
-    (lambda end: end.upgrade[:end.upgrade.index(b"\r\n\r\n") + 4] + plain(8, 1012), "with 1012"),
+    (lambda end: end.bare_upgrade + plain(8, 1012), "with 1012"),
     (lambda end: b"HTTP/1.1 500 No Gateway\r\nContent-Length: 0\r\n\r\n", "500"),
     (lambda end: b'HTTP/1.1 503 Full\r\nContent-Length: 24\r\n\r\n{"reason": "it is full"}',
      "it is full (HTTP 503); trying again")])
