@@ -2255,19 +2255,18 @@ class Log:
             first = first or max(self.position + 1, _now())
             groups = (self._find_groups(name) if self.prefix_sizes else
                       self.joined[name] if name in self.joined else {})
-            # What may find no memory comes before anything is changed: if it fails, nobody has the
-            # messages yet, and the publisher's last flush() publishes them again, not twice.
-            for encoder, group in groups.items():
-                touched.update(group)
+            # What may find no memory comes first: if it fails, nobody has the messages yet, and the
+            # publisher's last flush() publishes them again, not twice.
+            for encoder in groups:
+                touched.update(groups[encoder])
                 if encoder not in encoded:  # once for all of them
                     encoded[encoder] = encoder.encode(
                         enumerate(payloads, first) if encoder.with_ids else bare)
-            position = first + len(payloads) - 1
+            self.position = first + len(payloads) - 1
             if self.history.limit:
                 self.history.append(first, name, payloads)
             else:
-                self.history.floor = position
-            self.position = position
+                self.history.floor = self.position
             own = self.issuers[issuer] if issuer in self.issuers else None
             for encoder, group in groups.items():
                 data = encoded[encoder]
