@@ -1029,14 +1029,22 @@ def test_a_key_that_came_while_a_token_was_about_to_ask_for_it_is_found(provider
 
 
 def test_an_unknown_key_is_answered_where_the_keys_are_asked_for_during_a_fetch_that_fails(
-        provider):
+        provider, monkeypatch):
     with trusting(provider) as server:
         provider.answer = provider.send(b"no keys")
         go_on = provider.hang()
         server.keys.reload()
         wait_until(lambda: provider.count == 2)
+        fetch, asked = server.keys.provider.fetch, threading.Event()
+
+        def fetch_and_tell(*times):
+            under_way = fetch(*times)
+            asked.set()
+            return under_way
+
+        monkeypatch.setattr(server.keys.provider, "fetch", fetch_and_tell)
         with background(partial(enter, server, "two")) as (entering,):
-            wait_until(lambda: pending_count(server))
+            assert asked.wait(PATIENCE)
             server.keys.reload()
             go_on.set()
             status, reason = entering.result(PATIENCE)
