@@ -2633,6 +2633,12 @@ def _parse_entry_id(text: bytes) -> EntryID:
     return int(milliseconds), int(counter)
 
 
+def _before(first: int) -> int:
+    # In front of a whole millisecond is a lower id than needed: no client could come back with the
+    # 20 digits of the highest counter.
+    return first - 1 if first & _COUNTER else first - 1 - (1 << _COUNTER_BITS - 1)
+
+
 class Outgoing:
     """What is to be appended, until it has come back."""
 
@@ -2936,8 +2942,6 @@ class RedisLog(Log):
         Who gets ids is told, and may ask again. Who gets none could not know what is missing, and
         is disconnected. What was kept is forgotten: to go through it would pass over the gap.
         """
-        if position & _COUNTER == _COUNTER:  # in front of a whole millisecond
-            position -= 1 << _COUNTER_BITS - 1  # no client could come back with 20 digits
         if self.ready.is_set():
             log.error("Redis: messages may be missing, all subscribers are told")
         told, ended = list[Connection](), list[Subscriber]()
@@ -3148,7 +3152,7 @@ class RedisLog(Log):
             first = cursor[0] << _COUNTER_BITS | cursor[1] << _INDEX_BITS
             if self.cursor == (0, 0):
                 self.first = first
-                self.history.floor = self.position = first - 1
+                self.history.floor = self.position = _before(first)
             size += sum(map(len, fields))
             try:
                 self._receive_entry(first, _Entry(fields), touched)
@@ -3193,7 +3197,7 @@ class RedisLog(Log):
 
     def _receive_entry(self, first: int, entry: _Entry, touched: dict[Connection, Any]) -> None:
         if entry.kind == b"lift":
-            self.tell_gap(first - 1)
+            self.tell_gap(_before(first))
             return
         if not self._is_next(entry.server, entry.number, first):
             self.repeated += 1
@@ -3235,7 +3239,7 @@ class RedisLog(Log):
         if number < expected:
             return False
         if number > expected or self.cut:
-            self.tell_gap(first - 1)
+            self.tell_gap(_before(first))
         self.expected[server] = number + 1, time.monotonic()
         return True
 

@@ -4778,6 +4778,14 @@ def test_a_client_may_come_back_with_the_id_of_any_gap(store):
             assert client.beginning["resumed"] and client.receive()["id"] == position
 
 
+def test_a_client_may_come_back_with_the_id_in_front_of_all_that_is_kept(store):
+    with running(redis_url=store.url) as server:
+        with Returner(server, ["a"], "?since=1h") as client:
+            begin = client.beginning["id"]
+        with Returner(server, ["a"], "?since=" + begin) as client:
+            assert client.beginning["resumed"]
+
+
 def test_a_server_waits_for_redis_at_its_start_and_can_be_ended_meanwhile(store, tmp_path):
     store.kill()
     environ = {"SECRET": SECRET, "HOST": "127.0.0.1", "PORT": "0", "REDIS_URL": store.url}
