@@ -2790,6 +2790,7 @@ class RedisLog(Log):
         self.fatal: PhiloteError | None = None  # why it cannot begin
         self.failure = ""  # why the log cannot be reached; guarded by outbox.changed, as is
         self.failed_at = 0.0  # when that began
+        self.heard_until = 0.0  # and up to when all that others said had been read by then
         self.breaks = 0  # how often both connections had to be opened again; the writer's
         self.written = 0  # entries; the writer's
         # Whether a heartbeat is on its way: set by the append thread, undone by the read thread, so
@@ -3011,6 +3012,7 @@ class RedisLog(Log):
             first, self.failure = not self.failure, f"Redis at {self.address}: {reason}"
             if first:
                 self.failed_at = time.monotonic()
+                self.heard_until = min(self.failed_at, self.at_end)
         if first and not self.closing.is_set() and not self.fatal:
             log.error("%s; it is tried again until it works", self.failure)
 
@@ -3022,7 +3024,7 @@ class RedisLog(Log):
                 return
             now = time.monotonic()
             for server, (about, heard) in self.servers.items():  # nobody could be heard meanwhile
-                if heard > self.failed_at - _GONE_TIME:
+                if heard > self.heard_until - _GONE_TIME:
                     self.servers[server] = about, now
             self.failure = ""  # behind that: see _living()
         seconds = now - self.failed_at
@@ -3102,7 +3104,7 @@ class RedisLog(Log):
     def _living(self) -> list[dict[str, Any]]:
         # Who is not heard while we do not hear is not gone: behind a break, or where this process
         # was stopped, what the others said meanwhile is still to be read.
-        now = self.failed_at if self.failure else self.at_end
+        now = self.heard_until if self.failure else self.at_end
         return [about for about, heard in self.servers.copy().values() if now < heard + _GONE_TIME]
 
     # The reading thread

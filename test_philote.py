@@ -4891,6 +4891,7 @@ def test_behind_a_break_the_stream_is_not_cut_past_who_was_not_heard_meanwhile()
     server = philote.RedisLog(philote.Settings(redis_url="redis://localhost"))
     server.servers = Servers(other=({"floor": "1-0"}, now - 90), own=({"floor": "9-0"}, now))
     server.failure, server.failed_at, server.at_end = "away", now - 80, now
+    server.heard_until = now - 80
     entry = outgoing()
     entry.sent = now
     server._recover(entry)
@@ -4906,6 +4907,20 @@ def test_the_stream_is_not_cut_past_who_was_not_heard_while_this_server_was_stop
         assert server._find_floor() == "1-0"  # internal
     server.at_end = now + 90  # it has read all that came meanwhile
     assert server._find_floor() == "9-0"
+
+
+def test_the_stream_is_not_cut_past_who_was_not_heard_where_redis_is_lost_while_it_is_stopped():
+    server = philote.RedisLog(philote.Settings(redis_url="redis://localhost"))
+    server.at_end = now = time.monotonic() - 90  # it has read all, and was stopped since
+    server.servers = {"other": ({"floor": "1-0"}, now)}
+    server._fail(OSError("away"))  # internal
+    server.servers["near"] = {"floor": "9-0"}, now + 90  # is heard first behind the break
+    assert server._find_floor() == "1-0"
+    server.at_end = time.monotonic()
+    entry = outgoing()
+    entry.sent = server.at_end
+    server._recover(entry)
+    assert not server.failure and server._find_floor() == "1-0"
 
 
 def test_who_took_leave_does_not_come_to_life_again_and_appends_what_the_log_lost():
