@@ -3055,19 +3055,19 @@ class RedisLog(Log):
             ("XADD", self.key, "*", *entry.fields) for entry in entries), ("EXEC",))
         self.written += len(entries)
         if _parse_entry_id(ids[0]) <= before:
-            self._lift(connection, before, ids)
+            self._lift(connection, before)
 
-    def _lift(self, connection: Any, before: EntryID, ids: Sequence[bytes]) -> None:
+    def _lift(self, connection: Any, before: EntryID) -> None:
         # This log is behind what was read: it is another one, or its clock was set back. Whoever
         # reads asks for what is above the last id that it has, and would never see what we append.
         # Behind an entry with a higher id Redis counts on from there; who reads it knows that
-        # something may be missing. What was just appended in front of it is withdrawn: who starts
-        # would read it there, forget it at the gap, and drop it where it is appended again.
-        lift = "XADD", self.key, f"{before[0]}-{before[1] + 1}", *self.head, "lift", ""
-        for command in ("XDEL", self.key, *ids), lift:
-            # We may not delete, or another server was faster to lift.
-            with contextlib.suppress(self.redis.ResponseError):
-                self._execute(connection, command)
+        # something may be missing, and that what he has read in front of it may come again. So it
+        # is needed also where others have come above that id meanwhile.
+        lift = *self.head, "lift", ""
+        try:
+            self._execute(connection, ("XADD", self.key, f"{before[0]}-{before[1] + 1}", *lift))
+        except self.redis.ResponseError:
+            self._execute(connection, ("XADD", self.key, "*", *lift))
         self.outbox.restore()
 
     def _look_whether_entries_return(self, now: float) -> None:
@@ -3200,6 +3200,10 @@ class RedisLog(Log):
     def _receive_entry(self, first: int, entry: _Entry, touched: dict[Connection, Any]) -> None:
         if entry.kind == b"lift":
             self.tell_gap(_before(first))
+            # As if the log began here: what is appended again may have numbers that we have had.
+            self.first = first
+            self.expected = {server: (0, heard) if server != self.id else (number, heard)
+                             for server, (number, heard) in self.expected.items()}
             return
         if not self._is_next(entry.server, entry.number, first):
             self.repeated += 1
@@ -3237,7 +3241,7 @@ class RedisLog(Log):
         if server not in self.expected:
             late = first > self.first + (int(1000 * _GONE_TIME) << _COUNTER_BITS)
             self.expected[server] = 1 if late or self.ready.is_set() else number, 0
-        expected, _ = self.expected[server]
+        expected = self.expected[server][0] or number  # 0 is whichever comes, behind a lift
         if number < expected:
             return False
         if number > expected or self.cut:

@@ -4532,6 +4532,35 @@ def test_what_had_to_be_appended_again_is_not_lost_to_a_server_that_starts_later
             assert not client.beginning["resumed"] or client.receive()["id"] == item["id"]
 
 
+def test_what_is_appended_again_behind_an_entry_that_lifts_is_kept_though_it_was_read_before(store):
+    def append(number, *fields):
+        store.do("XADD", "philote", "*", *f"philote 1 server x number {number}".split(), *fields)
+
+    channel = *"channel a issuer i user".split(), "", "message", '{"issuer":"i","channel":"a"}'
+    with running(redis_url=store.url) as server, Returner(server, ["a"]) as client:
+        append(1, *channel)
+        append(2, *channel)  # its server never reads these two, but others do
+        append(0, "lift", "")
+        append(2, *channel)
+        while "gap" not in (item := client.receive()):
+            pass
+        append(3, *channel)
+        last = client.receive_ids(2)
+        with Returner(server, ["a"], "?since=" + item["gap"]["id"]) as client:
+            assert client.beginning["resumed"] and client.receive_ids(2) == last
+        assert totals(server)["redis_gaps"] == 1
+
+
+def test_an_entry_that_lifts_is_written_though_others_have_come_above_it(store):
+    server = philote.RedisLog(philote.Settings(redis_url=store.url))
+    connection = server.connect()
+    for _ in range(2):
+        server._lift(connection, (1, 0))  # internal
+    connection.disconnect()
+    entries = store.do("XRANGE", "philote", "-", "+")
+    assert entries[0][0] == b"1-1" and len(entries) == 2
+
+
 @pytest.mark.parametrize("hours", [2, -2])
 def test_a_time_that_is_asked_for_is_that_of_redis(store, monkeypatch, hours):
     real = philote._now  # internal
