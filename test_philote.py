@@ -4512,7 +4512,10 @@ def test_a_clock_that_was_set_back_there_loses_nothing_that_is_not_told(store, h
         store.do("FLUSHALL")  # from now on it gives ids of an hour before
         after, = publish_to(one, "a", 2)
         assert is_told_of_a_gap(near, plain_near) and is_told_of_a_gap(far, plain_far)
-        assert near.receive()["id"] == far.receive()["id"] == after
+        for client in near, far:
+            while "gap" in (item := client.receive()):  # another, where both had to lift it
+                pass
+            assert item["id"] == after
         assert number(after) > number(before)
         third, = publish_to(two, "a", 3)
         assert near.receive()["id"] == far.receive()["id"] == third
