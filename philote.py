@@ -498,7 +498,7 @@ class _PreparedHMAC(jwt.algorithms.HMACAlgorithm):
 
 
 class _Secret(jwt.PyJWK):
-    """A secret for one algorithm. Raises ValueError for a public key, a certificate or a JWK.
+    """A secret for one algorithm. Raises SettingsError for a public key, a certificate or a JWK.
 
     Where PyJWT is given bare bytes it looks for these at each token, for half of all its time.
     """
@@ -506,7 +506,10 @@ class _Secret(jwt.PyJWK):
     def __init__(self, secret: str, name: str) -> None:
         self.algorithm_name = name
         self.Algorithm = _PreparedHMAC(getattr(hashlib, "sha" + name[2:]))
-        self.key = _signing_key(_parse_secret(secret))
+        try:
+            self.key = _signing_key(_parse_secret(secret))
+        except ValueError:
+            raise SettingsError(f"SECRET, OLD_SECRET: a secret is {_SECRET[1]}") from None
 
 
 def _public_key(key: Any) -> Key:

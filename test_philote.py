@@ -718,7 +718,7 @@ def test_the_text_of_a_public_key_is_nobodys_secret(keys_file, public):
     if len(public) > 1 and text.isascii():
         with pytest.raises(philote.SettingsError):
             philote.Settings.from_environ({"SECRET": SECRET, "OLD_SECRET": text})
-        with pytest.raises(ValueError):
+        with pytest.raises(philote.SettingsError, match="SECRET"):
             philote.Server(philote.Settings(secret=text))
 
 
