@@ -663,7 +663,7 @@ def _read_key_set(text: bytearray) -> dict[str, Key]:
                                  NotImplementedError, UnsupportedAlgorithm):
             kid, key = jwk.get("kid"), _public_key(jwt.PyJWK(jwk).key)
             if (kid and jwk.get("use") in (None, "sig")
-                    and "verify" in jwk.get("key_ops", ["verify"])):
+                    and "verify" in (jwk.get("key_ops") or ["verify"])):  # null or [] says nothing
                 only = jwk.get("alg")  # the one that it is said to be for (RFC 8725, section 3.1)
                 keys[kid] = key if only is None else Key(
                     key.key, [name for name in key.algorithms if name == only])

@@ -949,12 +949,14 @@ def test_the_keys_of_a_provider_are_for_what_their_kind_and_id_say(provider, mon
         {"kty": "oct", "kid": "shared", "k": "c2VjcmV0" * 8}, {"kty": "new", "kid": "x"},
         jwk("rsa2048", "to encrypt", key_ops=["encrypt"]),
         jwk("rsa2048", "to verify", key_ops=["verify"]),
+        jwk("rsa2048", "for all", key_ops=[]), jwk("rsa2048", "for any", key_ops=None),
         # None of these takes the others with it.
         5, None, [], {}, {"kty": "RSA", "kid": "x", "n": 5, "e": []}, jwk("rsa2048", ["one"]),
         *[jwk("rsa2048", "bad", alg=bad) for bad in (5, ["RS256"], {"a": 1}, "none", "new")])
     with trusting(provider) as server:
         for kid, kind, algorithm in (
                 ("one", "rsa2048", "PS512"), ("to verify", "rsa2048", "RS256"),
+                ("for all", "rsa2048", "RS256"), ("for any", "rsa2048", "RS256"),
                 ("two", "secp256r1", "ES256"), ("three", "ed25519", "EdDSA"),
                 ("for one algorithm", "rsa2048", "PS256")):
             assert enter(server, kid, kind, algorithm) == (200, "")
