@@ -2146,13 +2146,17 @@ class History:
         `begun` is left out where it is among `live`, which the subscriber had joined before: it is
         in his queue, and would come twice.
         """
+        # Up to `begun` the channels in `lasts` are all there is, if any: no patterns are compared.
+        old = bool(lasts) and position < begun
+        prefixes, begin = () if old else names.prefixes, self._index(position + 1)
         # At least two groups, however many patterns there are: the first may end at the position.
-        prefixes, begin = names.prefixes, self._index(position + 1)
         groups = self.groups[begin:begin + _SCAN // (1 + len(prefixes) // 10) + 2]
         entries, size = list[Entry](), 0
         for first, name, payloads, _ in groups:
-            if (name in names or prefixes and name.startswith(prefixes)) and not (
-                    live and first > begun and live.cover(name)):
+            if old and first > begun:
+                return entries, begun
+            if (name in (lasts if old else names) or prefixes and name.startswith(prefixes)) and (
+                    not (live and first > begun and live.cover(name))):
                 least = max(position + 1, lasts.get(name, 0))
                 for number, payload in enumerate(payloads, first):
                     if number >= least:

@@ -3965,6 +3965,16 @@ def test_the_past_of_any_number_of_patterns_comes_to_an_end(unserved):
         assert len([*itertools.islice(replay, 9)]) < 9
 
 
+def test_the_last_messages_of_any_number_of_patterns_are_looked_for_by_channel(unserved):
+    names = philote.Names([*(f"b{i}*" for i in range(30_000)), "a*"])
+    for name in "a", *["c"] * 40:
+        unserved.log.append(name, [b"{}"], "x", b"", {})
+    past = philote.Past(last=1, resumable=True)
+    with replaying(unserved, past, 0) as (_, websocket, _):
+        replay = unserved.log.replay(websocket, names, past, philote.Names(), nothing, nothing)
+        assert len([*itertools.islice(replay, 9)]) < 9
+
+
 def test_one_pattern_outlives_another_of_its_size(server):
     with RawClient(server, ["b*"]) as client:
         with RawClient(server, ["a*"]):
