@@ -2101,13 +2101,17 @@ class History:
             for position, payload in enumerate(payloads, first):
                 self.append(position, name, [payload])
             return
-        if name not in self.by_name:
-            self.by_name[name] = name, collections.deque()
-            self.size += sys.getsizeof(name) + _CHANNEL_OVERHEAD
-        kept = self.by_name[name]
+        kept = self.by_name[name] if name in self.by_name else (name, collections.deque[Group]())
         group = first, kept[0], payloads, size
-        self.groups.append(group)  # first, as it may take much memory
-        kept[1].append(group)
+        self.groups.append(group)
+        try:
+            kept[1].append(group)
+            if name not in self.by_name:
+                self.by_name[name] = kept
+                self.size += sys.getsizeof(name) + _CHANNEL_OVERHEAD
+        except MemoryError:  # what is in one of them alone would stop trim() for ever
+            self.groups.pop()
+            raise
         self.count += len(payloads)
         self.size += size
         if self.size > self.limit or self.groups[self.start][0] < first - self.time:

@@ -4120,14 +4120,26 @@ def test_what_there_is_no_memory_to_keep_is_not_half_kept():
         def append(self, _):
             raise MemoryError
 
-    log, names = philote.Log(philote.Settings()), philote.Names("a")
+    class FullDeque(collections.deque):
+        append = Full.append
+
+    log, names = philote.Log(philote.Settings(history_size=2000)), philote.Names("a")
+    past = philote.Past(None, False, 9, True)
     log.history.groups = Full()
     with pytest.raises(MemoryError):
         log.append("a", [b"{1}"], "x", b"", {})
     log.history.groups = []
+    assert log.read(names, past, 1 << 20) == ([], log.position, True)
     log.append("a", [b"{2}"], "x", b"", {})
-    found, _, _ = log.read(names, philote.Past(None, False, 9, True), 1 << 20)
+    kept, log.history.by_name["a"] = log.history.by_name["a"], ("a", FullDeque())
+    with pytest.raises(MemoryError):
+        log.append("a", [b"{3}"], "x", b"", {})
+    log.history.by_name["a"] = kept
+    found, _, _ = log.read(names, past, 1 << 20)
     assert found == [(log.position, b"{2}")]
+    for _ in range(20):  # until "a" is forgotten
+        log.append("b", [b"{}"], "x", b"", {})
+    assert [*log.history.by_name] == ["b"]
 
 
 def test_what_there_was_no_memory_to_encode_for_some_comes_to_all_once(
