@@ -697,6 +697,14 @@ def test_a_public_key_of_each_kind_lets_in_what_it_signed_by_its_algorithms(tmp_
     assert len(tokens) == 11
 
 
+def test_a_token_of_the_only_secret_is_read_once(monkeypatch):
+    keys = philote.Keyring(philote.Settings(secret=SECRET))
+    monkeypatch.setattr(jwt, "get_unverified_header", lambda _: pytest.fail("read twice"))
+    for name in "HS256", "HS384", "HS512":
+        token = jwt.encode({"read": ["a"]}, SECRET.encode(), name)
+        assert keys.decode(token).read == {"a"}
+
+
 def without_signature(header):
     return raw_token(header, {}).rpartition(".")[0] + "."
 
