@@ -6651,15 +6651,24 @@ def test_it_says_what_runs_where_and_how_and_warns_of_a_weak_secret(words, secre
     assert not secret or secret not in err
 
 
-def test_a_limit_that_is_none_and_cannot_be_raised_is_warned_of(monkeypatch, caplog):
-    def refuse(*_):
-        raise ValueError("current limit exceeds maximum limit")
+NO_LIMIT = philote.resource.RLIM_INFINITY
 
-    limits = 256, philote.resource.RLIM_INFINITY
-    monkeypatch.setattr(philote.resource, "getrlimit", lambda _: limits)
-    monkeypatch.setattr(philote.resource, "setrlimit", refuse)
+
+@pytest.mark.parametrize("hard, refused, allowed", [
+    (NO_LIMIT, True, 256), (NO_LIMIT, False, 40_064), (300, False, 300), (10 ** 6, False, 40_064)])
+def test_the_limit_of_descriptors_is_raised_as_far_as_the_system_allows_or_warned_of(
+        monkeypatch, caplog, hard, refused, allowed):
+    def set_limits(_, limits):
+        if refused:
+            raise ValueError("current limit exceeds maximum limit")
+        raised.append(limits)
+
+    raised = []
+    monkeypatch.setattr(philote.resource, "getrlimit", lambda _: (256, hard))
+    monkeypatch.setattr(philote.resource, "setrlimit", set_limits)
     philote._raise_descriptor_limit(philote.Settings(max_connections=20_000))  # internal
-    assert "the system allows 256" in caplog.text
+    assert raised == [(allowed, hard)] * (not refused)
+    assert (f"the system allows {allowed}" in caplog.text) is (allowed < 40_064)
 
 
 def test_a_signal_that_comes_before_anybody_waits_for_it_ends_it_with_0():
@@ -7283,6 +7292,7 @@ def test_publish_returns_once_the_server_has_it_all(server, count):
 
 @pytest.mark.parametrize("line, input, token, reason", [
     ("subscribe a", "", BAD, "not signed with this server's secret"),
+    ("subscribe a", "", "", "SECRET is not set here"),
     ("publish a x", "", make_token(exp=5), "the token has expired"),
     ("publish secret x", "", GOOD, 'may not write the channel "secret"'),
     ("publish secret", "x\n", GOOD, 'may not write the channel "secret"'),
