@@ -1969,6 +1969,16 @@ def test_a_token_may_expire_in_any_distant_future(server, undisturbed, writer, e
         assert reader.receive()["data"] == "x"
 
 
+def test_faults_of_a_connection_are_logged_once_a_second_refused_requests_once_a_minute(
+        server, writer):
+    def silent_for():
+        return max(server.log_limit.silent_until.values()) - time.monotonic()
+
+    writer.send(text("", "x"))
+    assert writer.receive()["error"] == "bad_message" and silent_for() <= 1
+    assert status_of(server, upgrade_request("/?auth=" + BAD)) == 401 and 1 < silent_for() <= 60
+
+
 def test_a_client_that_hammers_with_a_dead_token_costs_one_log_line(server, caplog):
     caplog.set_level(logging.DEBUG)
     request = upgrade_request("/?auth=" + make_token(exp=5))
