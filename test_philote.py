@@ -1489,11 +1489,11 @@ def test_one_message_always_fits_into_an_empty_queue(undisturbed, slow_reader, w
 
 
 @with_settings(max_queue_size=100_000)
-def test_stalled_subscribers_hold_no_more_than_their_limit(server, writer, full):
+def test_stalled_subscribers_hold_no_more_than_their_limit(server, full):
     stalled, highest = (100 if full else 20), 0
     with many(stalled, RawClient, server, ["a"], receive_buffer=4096):
         while totals(server)["slow_consumers"] < stalled:
-            writer.publish("a", "x" * 10_000)
+            publish(server, {"channel": "a", "data": "x" * 10_000})  # one by one: none are gathered
             highest = max(highest, totals(server)["queued"])
     assert highest <= stalled * (100_000 + 31_000)
 
