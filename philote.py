@@ -5159,38 +5159,57 @@ def _tell_error(error: Exception) -> str:
 #     _Link           one connection: the handshake, messages, pings, the close
 #     _ClientSocket   its bytes: waits that have an end, and that abort() ends
 #
-# Coming back. The client holds one position, the highest id that it was sent, of all channels. It
-# asks for what is behind that. Each message that it publishes carries a ref, and stays in _requests
-# until the server answers with that ref. Behind a cut nobody knows which of them the server had
-# read, so they are not sent again at once:
+# Coming back. The client keeps one position for all channels: the highest id that it was sent. When
+# its connection is lost, it makes another and asks for all that came after that id: the replay.
+# Each message that it publishes carries a ref, and stays in _requests until the server answers with
+# that ref. When a connection is lost, nobody knows which of the unanswered messages the server had
+# read. To send all of them again would bring some twice, so the client looks for them first:
 #
-#     1. What is behind the position holds our own messages, too. Each answers one request.
-#     2. Channels that we only publish to are joined for that (ref _CHECK), and left (_CAUGHT_UP).
-#     3. The server answers in order: at _CAUGHT_UP, all that there is to see has been seen.
-#     4. What is not answered is sent again, in order; meanwhile new requests queue up behind it.
+#     1. A server does not send a connection its own messages. But the new connection is another one
+#        to it, so the replay holds what we published on the old ones; each such message answers
+#        the request that it was sent by.
+#     2. A replay brings only channels that are joined. Those that we only publish to are joined for
+#        this, one by one, each with a replay (ref _CHECK), and left again (ref _CAUGHT_UP).
+#     3. The server answers in order. When it answers _CAUGHT_UP, all replays have been read.
+#     4. What is still unanswered is sent again, in order; meanwhile new requests wait behind it.
 #
-# So others get a message twice only where our token may not read its channel, where the history
-# does not reach back, or where the old connection's bytes reach the server behind step 3.
+# For a client that had published "hello" to the channel logs, and follows news:
 #
-# The threads. Each caller sends what it asks for by itself; philote-client reads, and connects
-# again. The reader must not wait for a send: a server in a replay reads nothing until we have read,
-# so both would wait for ever. What is to be sent in answer to what was read - steps 2 and 4, a
-# pong, a close - is sent by a short-lived thread, see _send_aside().
+#     server -> client   {"connected": {"id": "9-0", ...}}, and the replay of news after id 7-0
+#     client -> server   {"subscribe": ["logs"], "since": "7-0", "ref": "check"}
+#     client -> server   {"unsubscribe": ["logs"], "ref": "caught up"}
+#     server -> client   the replay of logs after id 7-0, and both answers
+#     client -> server   {"channel": "logs", "data": "hello", "ref": "12"}, if it was not in there
+#
+# So others get a message twice only where our token may not read its channel, where the server no
+# longer keeps all that came after the position, or where bytes of the old connection reach the
+# server after step 3.
+#
+# The threads. Each caller sends its own requests. One more thread, philote-client, reads, and
+# connects again. It must never wait for a send: while a server sends a replay it reads nothing, and
+# where that fills the buffers between us, it and we would wait for each other for ever. What has to
+# be sent in answer to what was read - steps 2 and 4, a pong, a close - is therefore sent by a
+# short-lived thread, see _send_aside().
 #
 # The locks, in the order in which they may be taken: Client._asking, Client._changed (nothing is
-# sent under it), _Link.sending, _ClientSocket.calling.
+# sent under it; a thread that holds it may take it again), _Link.sending, _ClientSocket.calling.
+# Nobody waits for _Link.ponging, see there.
 
-_ANSWER_TIME = 10  # seconds without progress, after which a server will not answer
-_FIRST_PAUSE, _LAST_PAUSE = 0.5, 20  # seconds; a client comes back after a random part of them
-_MOST_ASKED = 1000  # messages that may wait for the server's answer, and
-_MOST_SIZE = 1 << 24  # characters of these, in JSON
-_MOST_CHANNELS = 1000  # for which the last id of ours is kept, before old ones are dropped
+_ANSWER_TIME = 10  # seconds without progress, after which we give up waiting for a server
+# Seconds. A client tries to come back after a random part of the first; at each attempt that fails
+# this doubles, up to the last.
+_FIRST_PAUSE, _LAST_PAUSE = 0.5, 20
+_MOST_ASKED = 1000  # requests that may wait for the server's answer
+_MOST_SIZE = 1 << 24  # characters of JSON that these may have together
+_MOST_CHANNELS = 1000  # entries in Client._acknowledged, before those no longer needed are dropped
 _MOST_RECEIVED = 1 << 26  # characters that may wait to be received
 _LONGEST_QUERY = 4000  # characters, half of what proxies take; the other channels are joined later
-_CHECK, _CAUGHT_UP = "check", "caught up"  # refs of what a client asks on its own account
-# What decoding and walking through an answer raises, where it is not what a Philote server says.
+# The refs of step 2, above. Those of requests are numbers, so they cannot be the same.
+_CHECK, _CAUGHT_UP = "check", "caught up"
+# What is raised where an answer is decoded and its members are looked up, and it is not one that a
+# Philote server sends. To check each member first would take more code than it protects.
 _NO_PHILOTE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-# Close codes that another attempt would meet again.
+# Close codes with which another attempt would end as well, so that there is none.
 _FINAL = {CloseReason.PROTOCOL_ERROR, CloseReason.INVALID_FRAME_PAYLOAD_DATA,
           CloseReason.MESSAGE_TOO_BIG}
 
@@ -5230,7 +5249,10 @@ class ConnectionClosed(PhiloteError):
 
 
 class _Request:
-    """What was asked of the server, which answers with its ref. Guarded by the client's lock."""
+    """A message, a subscription or its end, which the server answers by its ref.
+
+    Guarded by Client._changed.
+    """
 
     def __init__(self, value: dict[str, Any], awaited: bool) -> None:
         self.value = value
@@ -5239,17 +5261,21 @@ class _Request:
         self.awaited = awaited  # whether somebody waits for the answer
         self.link: _Link | None = None  # the connection that it was sent on last
         self.answer: dict[str, Any] | PhiloteError | None = None
-        # Of a subscription: ids of messages that came before its answer. Sent again, it brings them
-        # again.
+        # Of a subscription: the ids of messages that came before its answer. If the connection is
+        # lost then, the subscription is sent again and brings the same messages once more.
         self.brought: set[str] = set()
 
     @functools.cached_property
     def data(self) -> str:
-        """A message's data, as it is when it comes back: the server leaves out null."""
+        """A message's data in the form to compare it in, once it comes back in a replay.
+
+        The server leaves out null and "", and we read "" for what is left out.
+        """
         data = json.loads(self.text).get("data")
         return json.dumps("" if data is None else data)
 
     def encode(self, ref: str) -> str:
+        # With the ref as the last member of the JSON object, so that the data is encoded once.
         return self.text[:-1] + f', "ref": "{ref}"}}'
 
 
@@ -5265,19 +5291,21 @@ class Client:
     are by default all that the token may read. `since` (an id, "now", or a duration such as "10m")
     and `last` (a number of messages of each channel) ask for messages of the past.
 
-    A connection that is lost comes back by itself, and goes on where it was: nothing is missed,
-    unless Gap is raised, once, and goes on behind it. What was published and not acknowledged is
-    published again, unless the channel's history shows that it has arrived; to see that, the token
-    has to read the channel. Else others may get it twice. With `reconnect=False` the end of the
-    connection is the end of the client.
+    When its connection is lost, it makes another and goes on where it was. Nothing is missed; where
+    messages may be missing all the same, receive() raises Gap, once, and goes on when called again.
+    What was published and not acknowledged is published again, unless the channel's history shows
+    that it has arrived. To see that, the token has to allow reading the channel; if it does not,
+    others may get the message twice. With `reconnect=False` the end of the connection is the end of
+    the client.
 
     Raises OSError where the server cannot be reached or does not answer in time, Unauthorized where
-    it does not let us in, PhiloteError where there is another kind of server, or the URL or token
-    cannot be.
+    it does not let us in, PhiloteError where it is another kind of server, or where the URL or the
+    token is malformed.
 
-    A server answers a message that it drops some time later: Forbidden is raised by the next call
-    that finds the answer. ConnectionClosed is raised once all that came has been received. close()
-    and the end of the `with` block raise them too, where a message that was published may be lost.
+    When the server drops a message, publish() has returned long since: Forbidden is raised by the
+    next call that finds the answer. ConnectionClosed is raised once all that came has been
+    received. close() and the end of the `with` block raise them too, where a message that was
+    published may be lost.
     """
 
     max_message_size = 1 << 26  # characters; a server that sends a larger message is left
@@ -5286,32 +5314,39 @@ class Client:
                  channels: Iterable[str] | None = None, since: str | None = None,
                  last: int | None = None, reconnect: bool = True) -> None:
         self._url, self._token, self._reconnect = split_url(url), token, reconnect
-        # What the first connection asks for. To come back, one needs positions from the beginning.
+        # What the first connection asks for of the past. Only who asks gets ids, and without an id
+        # there is no coming back: hence "now", which asks for ids and for nothing of the past.
         self._past = _given(
             since=since or ("now" if reconnect and last is None else None), last=last)
-        self._changed = threading.Condition()  # guards all below
+        self._changed = threading.Condition()  # guards all below, but for _asking; reentrant
         self._channels = None if channels is None else Names(channels)  # None: all that may be read
         self._received: collections.deque[tuple[Message | Gap, int]] = collections.deque()
         self._received_size = 0
         self._refusals: collections.deque[PhiloteError] = collections.deque()
         self._requests: dict[str, _Request] = {}  # that are not answered, the oldest first
-        self._asked_size = 0  # of these
-        self._subscribing: list[_Request] = []  # those of them that subscribe
+        self._asked_size = 0  # characters of their JSON
+        self._subscribing: list[_Request] = []  # the subscriptions among them
         self._refs = map(str, itertools.count(1))
         self._position = ""
-        self._issuers: collections.deque[str] = collections.deque(maxlen=100)  # that we were
-        # Which of our messages in a replay answer nothing any more: by channel, the highest id that
-        # one of ours is known to have. Not one id for all, for the channels of step 2 are replayed
-        # one after the other. For channels that are not there, the id below.
+        # The issuers that the server gave our last connections: by them we know our own messages.
+        self._issuers: collections.deque[str] = collections.deque(maxlen=100)
+        # By channel, the highest id of a message of ours that was answered. Those up to it answer
+        # no request when a replay brings them (again). It is not one id for all channels, because
+        # the channels of step 2 are replayed one after the other, each from the old position on.
+        # For channels that are not in here, _all_acknowledged counts.
         self._acknowledged: dict[str, tuple[int, int]] = {}
         self._all_acknowledged = (0, 0)
-        self._caught_up = True  # whether a request is sent at once, or behind those before it
-        # The position from which step 2 looks for messages of ours, until it is done. Where a cut
-        # comes before, `_position` may have moved on, past some that were not seen.
+        # False from a new connection to the end of step 4: meanwhile requests are not sent at once.
+        self._caught_up = True
+        # From which id on step 2 looks for messages of ours; empty once it is done. `_position` is
+        # not good for that: if the next connection is lost during step 2, it has moved on by then,
+        # past messages of ours in channels that were not looked through.
         self._unchecked = ""
         self._closing = False
         self._end: Exception | None = None
-        self._outcome_known = True  # whether somebody knows what became of all that was published
+        # With reconnect=False a message is answered only where its caller waits. False: there were
+        # others, the server has not shown that it read them all, and no caller was told of the end.
+        self._outcome_known = True
         self._asking = threading.Lock()  # what is asked is sent in the order of the refs
         self._link = self._connect()
         self._thread = threading.Thread(target=self._run, name="philote-client", daemon=True)
@@ -5319,10 +5354,10 @@ class Client:
 
     @property
     def position(self) -> str:
-        """The id up to which all has come, of all channels; "" where none was asked for.
+        """The id up to which all of all channels has come; "" where the connection has no ids.
 
-        Some of that may wait for receive(). To go on later, keep the id of the last message that
-        you were given.
+        Some of them may still wait for receive(). To go on later from what you have handled, keep
+        the id of the last message that receive() returned instead.
         """
         with self._changed:
             return self._position
@@ -5330,9 +5365,9 @@ class Client:
     def publish(self, channel: str, data: Any, wait: bool = False) -> str | None:
         """Send a message, whose data is any JSON value; with `wait` returns its id.
 
-        A client that comes back keeps it until the server has answered, and waits here while that
-        is so of 1,000 messages, or of 16 MB of JSON. Raises ConnectionClosed; Forbidden, with
-        `wait` for this message, else for one before; TypeError or ValueError for what is no JSON.
+        With `reconnect` it is kept until the server has answered it. While 1,000 messages are kept,
+        or 16 MB of JSON, this waits. Raises ConnectionClosed; Forbidden, with `wait` for this
+        message, else for an earlier one; TypeError or ValueError for data that is not JSON.
         """
         self._raise_refusal()
         value = {"channel": channel, "data": data}
@@ -5341,12 +5376,13 @@ class Client:
             return str(self._await(request)["published"]["id"]) if wait else None
         text = json.dumps(value, allow_nan=False)
         with self._changed:
+            # During close() this message fails below, or the answer to the close frame covers it.
             if not self._closing:
                 self._outcome_known = False
         try:
             self._link.send_text(text)
         except (OSError, ProtocolError):  # the latter where the server has said that it closes
-            self._thread.join(CLOSING_TIME)  # it knows why
+            self._thread.join(CLOSING_TIME)  # by then it has put down why, in _end
             self._raise_refusal()
             self._raise_end()
             raise ConnectionClosed(1006) from None
@@ -5363,7 +5399,7 @@ class Client:
     def unsubscribe(self, *channels: str) -> None:
         """Leave channels or patterns, and wait for the server's answer.
 
-        Nothing of them comes behind it; what came before still waits for receive().
+        Once it returns, no more of their messages come; those that came before wait for receive().
         """
         self._await(self._ask({"unsubscribe": [*channels]}, True))
 
@@ -5431,7 +5467,9 @@ class Client:
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        with contextlib.suppress(OSError):  # without a thread for it, the wait ends without answer
+        # Where the system has no thread left for it, no close frame is sent; then the wait below
+        # ends after _ANSWER_TIME.
+        with contextlib.suppress(OSError):
             _send_aside(self._link.send_if_open, wsproto.events.CloseConnection(
                 CloseReason.NORMAL_CLOSURE))
         self._wait_while(self._thread.is_alive)
@@ -5439,9 +5477,10 @@ class Client:
         self._thread.join(_ANSWER_TIME)
 
     def _wait_while(self, condition: Callable[[], bool]) -> None:
-        # For as long as the server makes progress: a new connection, bytes that its system has
-        # acknowledged, an answer. The second wakes nobody, so all are looked for 50 times a second;
-        # join() is the pause between.
+        # Gives up after _ANSWER_TIME without progress. Progress is a new connection, bytes of ours
+        # that the server's system has acknowledged, or an answer. No event tells of acknowledged
+        # bytes, so this looks 50 times a second. The pause between is a join(): it ends at once
+        # when the reading thread does.
         progress, end = None, 0.0
         while condition():
             before, progress = progress, (self._link, self._link.sock.taken(), len(self._requests))
@@ -5452,9 +5491,12 @@ class Client:
             self._thread.join(0.02)
 
     def _ask(self, value: dict[str, Any], awaited: bool) -> _Request:
+        if awaited and threading.current_thread() is self._thread:  # which has to read the answer
+            raise RuntimeError("on_connect() and on_disconnect() cannot wait for the server")
         request = _Request(value, awaited)  # raises TypeError, ValueError for what is no JSON
         with self._asking:
             with self._changed:
+                # A request that is too large by itself is let through when nothing else waits.
                 self._changed.wait_for(lambda: self._end or self._closing or not self._requests or (
                     len(self._requests) < _MOST_ASKED
                     and self._asked_size + len(request.text) < _MOST_SIZE))
@@ -5465,7 +5507,9 @@ class Client:
                 if not self._caught_up:
                     return request
                 link = request.link = self._link
-            with contextlib.suppress(OSError, ProtocolError):  # it is sent again, or the end comes
+            # Where this fails, the reading thread meets it too: it comes back and sends the request
+            # again, or ends the client, which _await() and close() notice.
+            with contextlib.suppress(OSError, ProtocolError):
                 link.send_text(request.encode(ref))
         return request
 
@@ -5504,28 +5548,32 @@ class Client:
         with self._changed:
             if self._end:
                 self._outcome_known = True
-                raise self._end
+                raise self._end.with_traceback(None)  # else it grows with each call that raises it
 
     # The reader's thread, and connecting in that of the caller at first
 
     def on_connect(self) -> None:
-        """Called when the connection is there again; does nothing, to be overridden.
+        """Called when the connection has come back. Does nothing; to be overridden.
 
-        By the thread that reads: it reads no more before this returns, which must not call close().
+        The thread that reads calls this, and reads on only when it returns. So it must not call
+        what may wait for the server: publish(), subscribe(), unsubscribe(), receive() or close().
         """
 
     def on_disconnect(self, error: Exception, pause: float) -> None:
-        """Called when it is lost, or cannot be had, and is tried again after `pause` seconds."""
+        """Called when the connection is lost, and when an attempt to get it back has failed.
+
+        The next attempt begins after `pause` seconds. For what it may do see on_connect().
+        """
 
     def _connect(self) -> _Link:
         past = {"since": self._position} if self._position else self._past
         parameters = [*past.items()]
-        later: list[str] = []
+        later: list[str] = []  # channels that do not fit into the query; _begin() joins them
         for name in sorted(self._channels or ()):
             parameters.append(("channel", name))
             if len(urllib.parse.urlencode(parameters)) > _LONGEST_QUERY:
                 later.append(parameters.pop()[1])
-        if later and not past:  # to join them takes what begins with a position
+        if later and not past:  # _begin() asks for these, and it needs a connection with ids
             past = {"since": "now"}
             parameters += past.items()
         try:
@@ -5533,7 +5581,7 @@ class Client:
         except Unauthorized as error:
             if error.status != 401 or not callable(self._token):
                 raise
-            link = self._open(parameters)  # with another token
+            link = self._open(parameters)  # once more, for which the function makes another token
         if not past:
             return link
         try:
@@ -5554,44 +5602,46 @@ class Client:
         return _Link(self._url, token, parameters, self.max_message_size)
 
     def _begin(self, link: _Link, value: Any, past: dict[str, Any], later: list[str]) -> None:
-        # Behind the replay, which the server sends before it reads anything, come the answers to
-        # what is asked here: then it is known which messages of ours it had read before.
+        # The beginning of a connection with ids, and step 2. The server answers what is asked here
+        # after the replay, since it reads nothing before that is sent.
         begin = value["connected"]
         names = Names(begin["channels"])
         with self._changed:
-            since = self._position  # empty at first
+            position = self._position  # "" at the first connection
             link.channels = names
-            link.patience = 2 * float(begin["ping"]) or math.inf  # it tells that it lives
+            # The server sends something every `ping` seconds at least; with 0 it may stay silent.
+            link.patience = 2 * float(begin["ping"]) or math.inf
             self._issuers.append(begin["issuer"])
             if not begin["resumed"]:
                 self._put(Gap(), 0)
-            if not since or not begin["resumed"]:
+            if not position or not begin["resumed"]:
                 self._position = begin["id"]
-            if past == {"since": "now"}:  # which is when the connection began
+            if past == {"since": "now"}:  # the server would take it for the time when it reads this
                 past = {"since": begin["id"]}
+            # Not if an earlier connection has left the same request unanswered, unless that counts
+            # from when it is read ("10m"), and would not reach back as far now.
             if later and not any(not request.awaited and request.value["subscribe"] == later
-                                 and "-" in request.value.get("since", "")  # from an id on
+                                 and "-" in request.value.get("since", "")  # an id
                                  for request in self._subscribing):
                 self._add_request(_Request({"subscribe": later, **past}, False))
+            # The channels of unanswered messages that this connection does not bring, see step 2.
             unseen = sorted({request.value["channel"] for request in self._requests.values()
                              if "channel" in request.value
                              and not names.cover(request.value["channel"])})
+            # Who follows no channels at all (channels=[]) cannot say so in the query: without names
+            # there, the server joins all that the token may read.
             leave = [*unseen, *(names if self._channels is not None and not self._channels else ())]
-            # In the same hold: whoever sees _caught_up sees the link that it is about.
+            # Under one hold of the lock: _ask() must not take one of them old and the other new.
             self._caught_up, self._link = not (self._requests or leave), link
-            self._unchecked = "" if self._caught_up else self._unchecked or since
+            self._unchecked = "" if self._caught_up else self._unchecked or position
             since = self._unchecked
         if not self._caught_up:
-            # One by one: some of them may be refused. Not by this thread, which has to read.
-            values = [*({"subscribe": [name], "since": since, "ref": _CHECK}
-                        for name in unseen if since),
+            # One by one, since a subscription that the token does not allow joins none of its
+            # channels. Sent aside: this thread has to read.
+            values = [*({"subscribe": [name], "since": since, "ref": _CHECK} for name in unseen),
                       {"unsubscribe": leave, "ref": _CAUGHT_UP}]
-            _send_aside(self._send_all, link, values)
-
-    def _send_all(self, link: _Link, values: Iterable[dict[str, Any]]) -> None:
-        with contextlib.suppress(OSError, ProtocolError):
-            for value in values:
-                link.send_text(json.dumps(value))
+            _send_aside(link.send_if_open, *(
+                wsproto.events.TextMessage(json.dumps(value)) for value in values))
 
     def _run(self) -> None:
         link: _Link | None = self._link
@@ -5607,7 +5657,7 @@ class Client:
                     link.code = 1006
                 link.abort()
                 link = self._come_back(ConnectionClosed(link.code, link.reason))
-        except Exception as error:  # of the function that makes tokens
+        except Exception as error:  # from the function that makes tokens, or an overridden method
             self._end = error
         finally:
             with self._changed:
@@ -5615,7 +5665,9 @@ class Client:
                 self._changed.notify_all()
 
     def _come_back(self, error: PhiloteError | OSError) -> _Link | None:
-        # What the server got of the lost connection it has to have read when we come back.
+        # The pause is random, so that not all clients of a server that restarts come at once. With
+        # unanswered messages it has a least length: what the server has received of them on the
+        # lost connection it shall have read by then, so that step 2 finds it.
         pause, least = _FIRST_PAUSE, _FIRST_PAUSE if self._unanswered() else 0
         while self._reconnect and not self._closing and not self._is_final(error):
             wait = max(random.uniform(0, pause), least)
@@ -5634,7 +5686,8 @@ class Client:
                 self.on_connect()
             return link
         with self._changed:
-            # The server answers our close once it has read all that stands before it.
+            # The server answers our close frame with one of the same code once it has read all that
+            # we sent before it.
             self._outcome_known |= (
                 self._closing and getattr(error, "code", 0) == CloseReason.NORMAL_CLOSURE)
             self._end = error
@@ -5656,9 +5709,12 @@ class Client:
                 self._take_message(value, size)
             elif "error" in value:
                 error = Forbidden(str(value.get("reason", value["error"])))
-                if ref is None and self._reconnect:  # it could not be read: the oldest sent
+                # Without a ref, the server could not read the request. As it answers in order, that
+                # was the oldest unanswered one. (With reconnect=False messages have no ref.)
+                if ref is None and self._reconnect:
                     ref = next(iter(self._requests), None)
                 request = self._answer(ref, error)
+                # A _CHECK is refused where we may only write; step 4 sends without having looked.
                 if ref != _CHECK and not (request and request.awaited):
                     self._refusals.append(error)
             elif "published" in value:
@@ -5682,12 +5738,15 @@ class Client:
             _send_aside(self._send_again, link)
 
     def _joined(self) -> Names:
+        # What is followed. With channels=None the server says what that is (all that may be read),
+        # until the first subscribe() or unsubscribe() changes it.
         return self._link.channels if self._channels is None else self._channels
 
     def _take_message(self, value: dict[str, Any], size: int) -> None:
-        # Our own messages come only in a replay. Those of one channel are in the log in the order
-        # in which they were sent: one above the highest known id is the oldest unanswered one of
-        # the same data.
+        # A message of ours comes back only on a later connection than the one that sent it, and
+        # carries no ref. Those of one channel are in the log in the order in which they were sent.
+        # So one with a higher id than all of ours that are known there answers the oldest
+        # unanswered request with the same data.
         message = Message(*(value.get(name, "") for name in Message._fields))
         if message.id:
             if _as_numbers(message.id) > _as_numbers(self._position):
@@ -5696,8 +5755,9 @@ class Client:
                 if _as_numbers(message.id) > self._acknowledged.get(
                         message.channel, self._all_acknowledged):
                     self._acknowledge(message.channel, message.id)
-                    # What was sent on this connection gets an answer of its own. A message that two
-                    # servers brought into the log, once each, stands for none behind it.
+                    # What was sent on this connection is left out: the server answers it by its
+                    # ref. The data is compared because a message that was sent on two connections
+                    # may be in the log twice: its copy must not answer the message sent after it.
                     data = json.dumps(message.data)
                     self._answer(next((
                         ref for ref, request in self._requests.items()
@@ -5709,7 +5769,8 @@ class Client:
                 if message.id in request.brought:
                     return
                 request.brought.add(message.id)
-            # Beside these come some that were only asked for to see what of ours is among them.
+            # Channels that nobody follows are joined in step 2 to find messages of ours there;
+            # those of others are dropped.
             if not self._joined().cover(message.channel) and not any(
                     Names(request.value["subscribe"]).cover(message.channel)
                     for request in self._subscribing):
@@ -5720,20 +5781,27 @@ class Client:
         known = self._acknowledged
         known[channel] = max(known.get(channel, self._all_acknowledged), _as_numbers(id))
         if not len(known) % _MOST_CHANNELS and not self._unchecked:
-            # Whoever has a higher position than a message's id, was told of that before.
+            # The server tells us of a message of ours before it sends us a higher id. So all up to
+            # the position are answered (unless step 2 still looks for some of them, see
+            # _unchecked), and channels with no higher one need no entry. Only at each thousandth
+            # entry, since this walks through all of them.
             self._all_acknowledged = position = _as_numbers(self._position)
-            self._acknowledged = {name: id for name, id in known.items() if id > position}
+            self._acknowledged = {name: highest for name, highest in known.items()
+                                  if highest > position}
 
     def _put(self, item: Message | Gap, size: int) -> None:
+        # Where nobody receives, all that waits is dropped for a Gap, so that memory has a bound.
         if self._received_size + size > _MOST_RECEIVED:
             self._received.clear()
             self._received_size = 0
             self._received.append((Gap(), 0))
-        size += 200  # what Python takes for it, about
+        size += 200  # bytes that the objects around the text take, about
         self._received.append((item, size))
         self._received_size += size
 
     def _send_again(self, link: _Link) -> None:
+        # Step 4. While it sends, callers may ask for more, so it looks again until there is nothing
+        # left. In the same hold of the lock it says so, and from then on callers send themselves.
         with contextlib.suppress(OSError, ProtocolError):
             while True:
                 with self._changed:
@@ -5755,17 +5823,18 @@ def _given(**options: Any) -> dict[str, Any]:
 
 
 def _as_numbers(id: str) -> tuple[int, int]:
+    # To compare ids: as text, "9-0" would be above "10-0". No id ("") is below all.
     milliseconds, _, counter = id.partition("-")
     return int(milliseconds or 0), int(counter or 0)
 
 
 def _send_aside(call: Callable[..., None], *arguments: Any) -> threading.Thread:
-    # In a thread of its own: the reader must go on, for a server in a replay reads nothing until
-    # we have read, and close() must not wait for that.
+    # In a thread of its own, which may have to wait until the server reads. Neither the reading
+    # thread may wait for that (see the top of this section), nor close(), which has a time limit.
     thread = threading.Thread(target=call, args=arguments, daemon=True)
     try:
         thread.start()
-    except RuntimeError as error:  # the system has no more threads: another time it may
+    except RuntimeError as error:  # no more threads; for callers like a lost connection: try later
         raise OSError(errno.EAGAIN, str(error)) from None
     return thread
 
@@ -5781,6 +5850,7 @@ def split_url(url: str) -> urllib.parse.SplitResult:
             right = bool(parts.path) and not parts.netloc
         else:
             right = parts.scheme in ("ws", "wss") and bool(parts.hostname) and parts.port != 0
+        # No spaces or control characters: it is sent in the header Host.
         if not right or not re.fullmatch("[^\0- \x7f]*", parts.netloc):
             raise ValueError
     except ValueError:
@@ -5792,7 +5862,7 @@ def split_url(url: str) -> urllib.parse.SplitResult:
 
 
 def _path_of(url: urllib.parse.SplitResult) -> str:
-    # At the server: what a URL of a Unix socket has for a path is where that is.
+    # The path to request. That of a ws+unix: URL is the file of the socket, so there it is "/".
     return "/" if url.scheme == _WS_UNIX else url.path or "/"
 
 
@@ -5813,9 +5883,12 @@ class _Link:
         self.max_message_size = max_message_size
         self.code, self.reason = 1006, ""  # how it ended
         self.protocol = wsproto.WSConnection(ConnectionType.CLIENT)
-        self.sending = threading.Lock()  # keeps a frame whole; guards what sends in `protocol`
-        self.pong = wsproto.events.Pong()  # the answer to the last ping; the reader's
-        # Held from when a thread is started to send a pong until it looks which is the last.
+        # Keeps each frame whole on the wire; guards the half of `protocol` that makes frames. The
+        # other half, which takes them apart, is the reader's alone.
+        self.sending = threading.Lock()
+        self.pong = wsproto.events.Pong()  # the answer to the last ping; set by the reader
+        # Locked while a thread is on its way to send `pong`. It will send what `pong` is by then,
+        # so further pings need no thread: a flood of them starts one at a time.
         self.ponging = threading.Lock()
         self.sock = _ClientSocket(_connect_to(url))
         # Messages, to the end of the connection. A generator: it reads while somebody asks for the
@@ -5839,13 +5912,15 @@ class _Link:
             while not (event := next(self.protocol.events(), None)):
                 self.protocol.receive_data(self.sock.recv())  # refuses a head above 16 KiB
         except (ProtocolError, ValueError) as error:
-            if not (event := next(self.protocol.events(), None)):  # bad behind a head that is good
+            # There may be an event all the same: the good head of a refusal with a broken body.
+            if not (event := next(self.protocol.events(), None)):
                 raise PhiloteError(f"this is no WebSocket server: {error}") from None
         if isinstance(event, wsproto.events.RejectConnection):
             raise Unauthorized(event.status_code, self._read_reason(event))
 
     def _read_reason(self, refusal: wsproto.events.RejectConnection) -> str:
-        # Why, if the server says so as Philote does. Without a length it might not end.
+        # Why it refused, if it says so in JSON as Philote does. A body whose length was not given
+        # may have no end, so it is not read.
         body, is_announced = b"", b"content-length" in dict(refusal.headers)
         with contextlib.suppress(OSError, ProtocolError, *_NO_PHILOTE):
             while is_announced and len(body) < 10_000:
@@ -5876,7 +5951,7 @@ class _Link:
                         _send_aside(self._send_pong)
                 elif isinstance(event, wsproto.events.CloseConnection):
                     self.code, self.reason = int(event.code), event.reason or ""
-                    # The end of the connection, which follows, would cut it off.
+                    # Waits until our answer is written, since abort() comes next.
                     _send_aside(self.send_if_open, event.response()).join(CLOSING_TIME)
                     return
             self.sock.deadline = time.monotonic() + self.patience
@@ -5887,14 +5962,16 @@ class _Link:
         with self.sending:
             self.sock.send(self.protocol.send(wsproto.events.TextMessage(text)))
 
-    def send_if_open(self, event: wsproto.events.Event) -> None:
-        """Send something else, unless the connection is closing or has ended."""
-        with self.sending, contextlib.suppress(OSError, ProtocolError):
-            self.sock.send(self.protocol.send(event))
+    def send_if_open(self, *events: wsproto.events.Event) -> None:
+        """Send what nobody waits for, unless the connection is closing or has ended."""
+        with contextlib.suppress(OSError, ProtocolError):
+            for event in events:
+                with self.sending:
+                    self.sock.send(self.protocol.send(event))
 
     def _send_pong(self) -> None:
         with self.sending, contextlib.suppress(OSError, ProtocolError):
-            self.ponging.release()  # first: a pong that is set behind the look needs a new thread
+            self.ponging.release()  # before `pong` is read: for a later one a thread is started
             self.sock.send(self.protocol.send(self.pong))
 
     def abort(self) -> None:
@@ -5928,16 +6005,17 @@ def _connect_to(url: urllib.parse.SplitResult) -> Transport:
 class _ClientSocket:
     """A connection that one thread may read while another writes; each wait for it has an end.
 
-    Why not a blocking socket: a TLS object may be in use by one thread at a time, a socket's
-    timeout is for each call and not for a whole answer that drips in, and there is but one for
-    reading and writing. So no call blocks, each is made under one lock, and threads wait outside of
-    it, in poll(), which abort() wakes.
+    Why not a blocking socket: only one thread at a time may use a TLS object; a socket's timeout
+    counts anew with each call, so an answer that comes byte by byte never exceeds it; and it is the
+    same for reading and for writing. So no call here blocks. Each is made under one lock, and
+    threads wait outside of it, in poll(), which abort() wakes.
     """
 
     def __init__(self, transport: Transport) -> None:
         self.transport = transport
-        self.transport.sock.setblocking(False)
-        # Until when recv() waits: at first for the whole handshake, then as its reader says.
+        self.transport.sock.setblocking(False)  # the timeout of connect() would go on for each call
+        # The time (monotonic) until which recv() waits: at first for the whole handshake, then as
+        # _Link._read_texts() sets it.
         self.deadline = time.monotonic() + _ANSWER_TIME
         self.calling = threading.Lock()  # guards the transport and the next three
         self.sent = 0  # bytes
@@ -5971,7 +6049,8 @@ class _ClientSocket:
     def abort(self) -> None:
         """End the connection, and the wait of whoever waits for it.
 
-        The last who waits closes the socket: before that, its descriptor must not become another's.
+        While threads wait in poll(), the last of them closes the socket: if it were closed here,
+        the system could give its descriptor to another file, and they would wait for that.
         """
         with self.calling:
             self.transport.end()
@@ -5989,8 +6068,8 @@ class _ClientSocket:
             view = view[sent:]
 
     def _call(self, call: Callable[[Any], Any], argument: Any, event: int, deadline: float) -> Any:
-        # Until it has done something: the transport's methods return nothing where the socket is
-        # not ready, and b"" at the end.
+        # Repeats a call until it has done something. Where the socket is not ready, the transport's
+        # methods return None, 0 or False; b"" is the end of what can be read, and a result.
         while True:
             with self.calling:
                 if self.aborted:  # and perhaps closed: its descriptor may be another's
@@ -6140,8 +6219,8 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run a command and exit with its status."""
     parsed = _make_parser().parse_args(arguments)
     for stream, errors in (sys.stdin, "surrogateescape"), (sys.stdout, "backslashreplace"):
-        # Bytes that are no text in the locale's encoding, and text that it has no bytes for, are no
-        # reason to end.
+        # The program shall not end at input that is no text in the locale's encoding, nor at output
+        # that this encoding has no bytes for.
         if isinstance(stream, io.TextIOWrapper):  # there may be none
             stream.reconfigure(errors=errors)
     try:
@@ -6174,7 +6253,8 @@ def _input() -> Any:
 
 
 def _print(text: str) -> None:
-    # Ends the program where nobody takes its output: quietly if he has seen enough, like head.
+    # Ends the program where its output cannot be written: without a word where the reader of a pipe
+    # has gone, as `head` goes when it has seen enough.
     try:
         print(text, flush=True)
     except OSError as error:
@@ -6184,8 +6264,8 @@ def _print(text: str) -> None:
 
 
 def _print_error(text: str) -> None:
-    # That nobody takes it is no reason to end. Where there is no standard error, print() would take
-    # standard output instead.
+    # It is no reason to end that this cannot be written. Where the program was started without
+    # standard error, sys.stderr is None, and print(file=None) would write to standard output.
     try:
         if sys.stderr:
             print(text, file=sys.stderr)
@@ -6194,7 +6274,8 @@ def _print_error(text: str) -> None:
 
 
 def _discard(stream: Any) -> None:
-    # What could not be written is still buffered; Python tries once more when it ends.
+    # What could not be written is still buffered. Python tries to write it once more when it ends,
+    # and would report that this fails; now it goes to /dev/null.
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
@@ -6218,11 +6299,13 @@ def _on_one_line(text: str) -> str:
 def _serve(_: argparse.Namespace) -> int:
     settings = Settings.from_environ(os.environ)
     # Taken one by one with sigwait(), signals interrupt no thread in the middle of anything. They
-    # are blocked before any thread is there: one that did not block them would be ended by them.
+    # are blocked before any thread is started, as a thread inherits that: one that did not block
+    # them would get them, and what they do by default is to end the process.
     signals = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}
     signal.pthread_sigmask(signal.SIG_BLOCK, signals)
     handler = _configure_log(settings)
-    # JSON nested deeply needs it; memory that is not touched costs nothing.
+    # 2 MiB, in bytes: the json module recurses in C at each level of nesting. The system provides
+    # only those pages of a stack that are used.
     threading.stack_size(2 << 20)
     # A connection that ends leaves no cycle of references behind, few other things do, and those
     # are found while they are young. To look through all that 10,000 connections hold stops all
@@ -6233,6 +6316,7 @@ def _serve(_: argparse.Namespace) -> int:
     if not listener:
         _check_host(settings)
     try:
+        # While it waits for Redis, nobody calls sigwait(): a signal to stop is pending then.
         server = Server(settings, listener, is_over=lambda: bool(signal.sigpending() & (
             signals - {signal.SIGHUP})))
     except _Stopped:
@@ -6243,6 +6327,7 @@ def _serve(_: argparse.Namespace) -> int:
         return 1
     if server.interpreter_lock:
         server.switch_interval = SwitchInterval()
+    # Where one of its threads cannot go on, the server stops as by a signal, and returns 1.
     server.on_failure = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
     with server:
         _greet(server)
@@ -6250,7 +6335,8 @@ def _serve(_: argparse.Namespace) -> int:
         while (caught := signal.sigwait(signals)) == signal.SIGHUP:
             _reload(server)
         _notify("STOPPING=1")
-        # If all fails, even for want of memory: the system ends the process by SIGALRM.
+        # The last resort, if the shutdown hangs or there is no memory left even for it: nobody
+        # handles SIGALRM, so the system ends the process without any help from Python.
         signal.alarm(math.ceil(settings.shutdown_timeout) + 3)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, lambda *_: os._exit(1))  # a second signal ends it at once
@@ -6296,7 +6382,9 @@ def _notify(*lines: str) -> None:
 
 def _configure_log(settings: Settings) -> BackgroundHandler:
     logging.Formatter.converter = time.gmtime
-    logging.logThreads = False  # to know a thread's name, an object is made for it, and kept
+    # The name of a connection's thread is not wanted: it is started by _thread, and to ask for its
+    # name makes threading create an object for it, and keep that.
+    logging.logThreads = False
     handler = BackgroundHandler(sys.stderr.fileno() if sys.stderr else -1)
     handler.setFormatter(logging.Formatter(
         "%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S"))
@@ -6326,7 +6414,8 @@ def _find_warnings(settings: Settings) -> Iterator[str]:
 
 
 def _raise_descriptor_limit(settings: Settings) -> None:
-    # Each connection takes a descriptor; most systems begin with 1,024, and allow more to who asks.
+    # Each connection takes a descriptor. Most systems allow a process 1,024 (the soft limit), and
+    # more if it asks (up to the hard limit). 64 are for all else: listener, files, Redis, keys.
     needed = settings.max_connections + settings.max_pending + 64
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY or soft >= needed:
@@ -6344,7 +6433,8 @@ def _raise_descriptor_limit(settings: Settings) -> None:
 # philote check, philote health
 
 def _check(_: argparse.Namespace) -> int:
-    log.addHandler(logging.NullHandler())  # what is wrong is said below
+    # What is wrong is said below. Without any handler, logging itself would print its warnings.
+    log.addHandler(logging.NullHandler())
     settings = Settings.from_environ(os.environ)
     _check_host(settings)
     try:
@@ -6352,7 +6442,7 @@ def _check(_: argparse.Namespace) -> int:
     except ImportError as error:
         raise SettingsError(str(error)) from None
     if keys.provider and (under_way := keys.provider.fetch(time.monotonic())):
-        under_way.wait(2 * _FETCH_TIME)
+        under_way.wait(2 * _FETCH_TIME)  # a read that begins in time may itself take _FETCH_TIME
         if not keys.provider.keys:
             raise SettingsError(f"PUBLIC_KEYS: no keys from {keys.provider.name}: "
                                 f"{keys.provider.problem or 'it does not answer in time'}")
@@ -6404,7 +6494,9 @@ def _check_host(settings: Settings) -> None:
 
 
 def _health(arguments: argparse.Namespace) -> int:
-    def give_up(*_: object) -> NoReturn:  # the answer as a whole, however its bytes drip
+    # A signal ends the wait for the answer as a whole. The timeout of the connection counts anew
+    # with each read, so an answer that comes byte by byte would not exceed it.
+    def give_up(*_: object) -> NoReturn:
         raise TimeoutError("the server does not answer in time")
 
     signal.signal(signal.SIGALRM, give_up)
@@ -6412,7 +6504,7 @@ def _health(arguments: argparse.Namespace) -> int:
     try:
         code, answer = _get(arguments, "health", 4096)
         status, reason = answer["status"], answer.get("reason", "")
-    except OSError:  # of which some are a ValueError, too
+    except OSError:  # first: a certificate that is refused is a ValueError, too
         raise
     except (http.client.HTTPException, *_NO_PHILOTE):
         raise PhiloteError(f"{_without_token(arguments.url)} is no Philote server, or one that "
@@ -6485,14 +6577,14 @@ def _token(arguments: argparse.Namespace) -> int:
 
 # philote subscribe, philote history, philote publish
 
-class _Connection(Client):
+class _CommandClient(Client):
     """A client that tells on standard error what becomes of its connection."""
 
     def __init__(self, arguments: argparse.Namespace, channels: Sequence[str],
                  writes: Sequence[str] = (), **options: Any) -> None:
         self.arguments = arguments
-        # Who publishes follows nothing. But its token may read the channel: so it sees, when it
-        # comes back, what of its own has arrived.
+        # `philote publish` follows no channel (channels=()). But its token allows reading the one
+        # that it writes: when it comes back, it finds out which of its messages have arrived.
         super().__init__(arguments.url, arguments.token or _new_token(channels, writes),
                          channels=() if writes else channels, **options)
 
@@ -6520,11 +6612,13 @@ def _show(message: Message, as_json: bool) -> None:
 
 
 def _subscribe(arguments: argparse.Namespace) -> int:
+    # A Client comes back once it has been connected, and raises where the first attempt fails. Here
+    # that one is repeated, too: the server may be started later.
     left, pause, client = arguments.count or math.inf, _FIRST_PAUSE, None
     while client is None:
         try:
-            client = _Connection(arguments, arguments.channels,
-                                 since=arguments.since, last=arguments.last)
+            client = _CommandClient(arguments, arguments.channels,
+                                    since=arguments.since, last=arguments.last)
         except (Unauthorized, ConnectionClosed, OSError) as error:
             if isinstance(error, Unauthorized) and error.status < 500:
                 raise
@@ -6548,7 +6642,7 @@ def _subscribe(arguments: argparse.Namespace) -> int:
 def _history(arguments: argparse.Namespace) -> int:
     def ask(**past: Any) -> tuple[list[Message], tuple[int, int], bool]:
         query = urllib.parse.urlencode(
-            {"channel": arguments.channels, **_given(**past)}, doseq=True)
+            {"channel": arguments.channels, **past}, doseq=True)
         token = arguments.token or _new_token(arguments.channels)
         try:
             status, value = _get(arguments, "api/history?" + query, token=token)
@@ -6557,13 +6651,13 @@ def _history(arguments: argparse.Namespace) -> int:
             return ([Message(*(message.get(name, "") for name in Message._fields))
                      for message in value["messages"]],
                     _as_numbers(value["id"]), value["complete"])
-        except OSError:  # of which some are a ValueError, too
+        except OSError:  # first: a certificate that is refused is a ValueError, too
             raise
         except (http.client.HTTPException, *_NO_PHILOTE):
             raise PhiloteError("this is no Philote server that keeps messages") from None
 
-    # Messages come in pages. The last is the one that reaches what is the end now: others may go on
-    # publishing faster than pages are fetched.
+    # Messages come in pages. It ends with the page that reaches the position that the log has now,
+    # not with an empty one: others may go on publishing faster than pages are fetched.
     _, end, _ = ask(since="now")
     past = _given(since=arguments.since or None, last=arguments.last)
     while True:
@@ -6580,7 +6674,7 @@ def _history(arguments: argparse.Namespace) -> int:
 def _publish(arguments: argparse.Namespace) -> int:
     if arguments.data is None:
         _input().reconfigure(encoding="utf-8", errors="replace")
-    with _Connection(arguments, [arguments.channel], [arguments.channel]) as client:
+    with _CommandClient(arguments, [arguments.channel], [arguments.channel]) as client:
         if arguments.data is not None:
             client.publish(arguments.channel, arguments.data)
         else:
@@ -6591,7 +6685,13 @@ def _publish(arguments: argparse.Namespace) -> int:
 
 # ------------------------------------------------------------------------------- the browser client
 # What GET /philote.js serves: an ES module without dependencies. As the class Client does, it comes
-# back by itself; but what it published and got no answer for, it does not publish again.
+# back by itself; but a message that was not answered it does not publish again: its promise is
+# rejected, and the page decides.
+#
+# The class Client hands all messages to one receive(), so one position is enough. Here several
+# subscriptions may match a message, and each may have asked for another past. So each has a cursor,
+# and its callback gets only what is above that. Subscriptions that ask for the same past are joined
+# by one request. When the connection comes back, all that have a cursor go on from one position.
 
 PHILOTE_JS = r"""// A client of a Philote server, for browsers and Node 22. It has no dependencies.
 //
@@ -6607,8 +6707,8 @@ PHILOTE_JS = r"""// A client of a Philote server, for browsers and Node 22. It h
 /** @typedef {string | (() => string | Promise<string>)} Token */
 /** @typedef {"connecting" | "open" | "waiting" | "closed"} State */
 /**
- * `cursor` is the id up to which it has everything; until it is joined there is none, and what
- * comes of the past is held.
+ * `cursor` is the id, as inOrder() writes it, up to which it has everything. It is empty until the
+ * server has answered the subscription; what comes before that answer is kept in `held`.
  * @typedef {{ name: string, callback: (message: Message) => void, past: Past, cursor: string,
  *             held: Message[] }} Subscription
  */
@@ -6619,9 +6719,11 @@ const ANSWER_TIME = 10_000; // ms for a token, for a connection, and beyond the 
 const PROBE_TIME = 5_000; // ms that an old connection has to show that it lives
 const STEADY_TIME = 5_000; // ms; what is lost earlier is tried again more slowly
 const MOST_WAITING = 100; // publications before the connection is there
-// A connection's own messages do not come back to it, but those of an earlier one do.
-const MOST_ISSUERS = 100; // of our own that are remembered
-// Characters; proxies bound a request's line. Channels that do not fit are joined later.
+// The server does not send a connection its own messages, but those of our earlier connections it
+// does. They are known by their issuer, and no callback gets them.
+const MOST_ISSUERS = 100; // of our connections, the last of them, that are remembered
+// Characters, since proxies limit the first line of a request. Channels that do not fit are joined
+// by requests, once the connection is there.
 const LONGEST_QUERY = 4_000;
 
 /** Why a message was not published: `forbidden`, `bad_message`, `closed` or `unknown`. */
@@ -6634,7 +6736,11 @@ export class PhiloteError extends Error {
   }
 }
 
-/** Make ids comparable as text: 20 digits hold any number. @param {string} id */
+/**
+ * Write an id so that ids can be compared as text, 20 digits being enough for any number; below,
+ * an id in this form is called a place.
+ * @param {string} id
+ */
 const inOrder = id => id.split("-").map(number => number.padStart(20, "0")).join("-");
 
 /** @param {[string, Message]} one  @param {[string, Message]} other */
@@ -6674,9 +6780,9 @@ export class Philote extends EventTarget {
   /** @type {Set<string>} */ #issuers = new Set();
   /** @type {ReturnType<typeof setTimeout> | undefined} */ #timer;
   #url; #minDelay; #maxDelay; #position;
-  #since; // until the first subscriptions have what came after it
+  #since; // what the constructor was given; empty once the first subscriptions have their past
   #issuer = "";
-  #attempt = 0; // what belongs to an earlier one is ignored
+  #attempt = 0; // the number of the last; an earlier one that had to wait gives up
   #failures = 0; // in a row
   // The next two are ms of Date.now(): performance.now() may stand still while a machine sleeps.
   #opened = 0; // when the connection was there
@@ -6762,7 +6868,8 @@ export class Philote extends EventTarget {
     if (this.#state !== "closed") this.#end(1000, "", true);
   }
 
-  // The connection
+  // The connection. It needs one timer only: while "connecting" or "open", for the time by which
+  // something must have come (#watch); while "waiting", for the next attempt.
 
   async #connect() {
     const attempt = ++this.#attempt;
@@ -6771,18 +6878,22 @@ export class Philote extends EventTarget {
     this.#heard();
     this.#watch();
     try {
-      await null; // who made it listens by then
+      await null; // so that the caller of the constructor can add listeners and subscriptions first
       const token = typeof this.#token === "function" ? await this.#token() : this.#token;
       if (attempt === this.#attempt) this.#open(this.#address(token.trim()));
     } catch (error) {
       if (attempt !== this.#attempt) return;
-      this.#emit("error", { code: "token", reason: String(error) }); // or it has no address
+      // The token's function failed, or the URL and the token make no address of a WebSocket.
+      this.#emit("error", { code: "token", reason: String(error) });
+      // Unless a listener has called close().
       if (attempt === this.#attempt) this.#end(1006, "there is nothing to connect with");
     }
   }
 
   /**
-   * What has been joined goes on where it was; others are asked for later.
+   * Make the address of the next connection. It names the channels of subscriptions that have a
+   * cursor, as far as the token allows and they fit: these go on at the position. #begin() asks for
+   * the others.
    * @param {string} token
    */
   #address(token) {
@@ -6806,7 +6917,9 @@ export class Philote extends EventTarget {
     }
     if (!names.length) {
       query.set("since", "now");
-      // A connection begins with some channel; of a pattern's, one that nobody uses.
+      // Without a name the server would join all that the token may read, and send it. So this
+      // names one that the token allows (for a pattern, a channel that nobody uses), and #begin()
+      // leaves it again.
       if (rights.length) query.set("channel", rights[0].replace(/\*$/, String(Math.random())));
     }
     query.set("auth", token);
@@ -6823,7 +6936,8 @@ export class Philote extends EventTarget {
       this.#receive(JSON.parse(event.data));
     };
     socket.onclose = event => {
-      // The server was told to end us (4403): only a function may have another token to come with.
+      // 4403: an operator ended the connection on purpose, so the client does not come back with
+      // the same token. Only a function may have another one.
       const forGood = event.code === 4403 && typeof this.#token !== "function";
       if (socket === this.#socket) this.#end(event.code, event.reason, forGood);
     };
@@ -6846,11 +6960,10 @@ export class Philote extends EventTarget {
     socket?.close(); // not waited for: behind a dead network its end takes a minute
     for (const subscription of this.#subscriptions) subscription.held = [];
     this.#asked.clear();
-    const lost = [...this.#published.values()];
-    this.#published.clear();
-    for (const { reject } of lost) {
+    for (const { reject } of this.#published.values()) {
       reject(new PhiloteError("unknown", "the connection ended before the server's answer"));
     }
+    this.#published.clear();
     if (forGood) {
       this.#listening.abort();
       this.#subscriptions.clear(); // one that is being called gets no more
@@ -6864,10 +6977,9 @@ export class Philote extends EventTarget {
   /** Something suggests that a connection can be had, or that the old one may be dead. */
   #wake() {
     if (this.#state === "waiting") {
-      clearTimeout(this.#timer);
       this.#connect();
     } else if (this.#state === "open") {
-      this.#send({ unsubscribe: [] }); // which the server answers
+      this.#send({ unsubscribe: [] }); // changes nothing, but a server that is there answers
       this.#deadline = Math.min(this.#deadline, Date.now() + PROBE_TIME);
       this.#watch();
     }
@@ -6914,7 +7026,7 @@ export class Philote extends EventTarget {
    * @param {{ issuer: string, id: string, resumed: boolean, channels: string[], ping: number }} _
    */
   #begin({ issuer, id, resumed, channels, ping }) {
-    // Only for those that are there at the first connection: later ones ask for no past.
+    // `since` of the constructor is for subscriptions made before the first connection is there.
     const since = this.#issuer ? undefined : this.#since || undefined;
     this.#issuer = issuer;
     this.#issuers.add(issuer);
@@ -6930,15 +7042,15 @@ export class Philote extends EventTarget {
     if (unwanted.length) this.#send({ unsubscribe: unwanted });
     const fresh = all.filter(subscription => !subscription.cursor);
     for (const { past } of fresh) past.since ??= since;
-    if (fresh.length === all.length) this.#position = id;
+    if (fresh.length === all.length) this.#position = id; // none goes on from the old one
     /** @type {Map<string, Subscription[]>} */
-    const alike = new Map(); // in what they want of the past
+    const alike = new Map(); // by what they want of the past, as JSON
     for (const subscription of fresh) {
       const past = JSON.stringify(subscription.past);
       alike.set(past, [...alike.get(past) ?? [], subscription]);
     }
     for (const group of alike.values()) this.#ask(group);
-    // Behind these, so that no answer to what is published is missed.
+    // After the subscriptions, so that what others send in reply to it is received.
     for (const publication of this.#unsent.splice(0)) this.#sendPublication(publication);
     this.#emit("open", { issuer, resumed });
     if (!resumed) this.#skip(id);
@@ -6949,7 +7061,9 @@ export class Philote extends EventTarget {
     const place = inOrder(message.id);
     if (place > inOrder(this.#position)) this.#position = message.id;
     if (this.#issuers.has(message.issuer)) return;
-    const [asked] = this.#asked.values(); // the server answers one after the other
+    // The server serves one subscription after the other: what comes of the past is for the first
+    // that it has not answered. The others get it, if they want it, when it is their turn.
+    const [asked] = this.#asked.values();
     for (const subscription of this.#subscriptions) {
       if (!covers(subscription.name, message.channel)) continue;
       if (!subscription.cursor) {
@@ -6980,8 +7094,8 @@ export class Philote extends EventTarget {
       const wanted = past.since !== undefined || past.last !== undefined;
       subscription.past = {};
       subscription.held = [];
-      subscription.cursor = "0";
-      // Others that match may have brought something in between, so they are put in order.
+      // Among what was held are new messages, too, which other subscriptions have brought. So all
+      // are put in order, each once.
       const places = new Map(held.map(message => [inOrder(message.id), message]));
       for (const [place, message] of wanted ? [...places].sort(byPlace) : []) {
         if (this.#subscriptions.has(subscription)) this.#call(subscription, message, place);
@@ -6997,8 +7111,9 @@ export class Philote extends EventTarget {
     this.#asked.delete(ref);
     if (publication) {
       publication.reject(new PhiloteError(code, reason));
-    } else if (subscriptions && subscriptions.length > 1) { // which of them it was is not said
-      for (const subscription of subscriptions) { // those that were ended in between are left
+    } else if (subscriptions && subscriptions.length > 1) {
+      // The server joins all or none, and does not say which it refused: so one by one.
+      for (const subscription of subscriptions) { // but for those that were ended meanwhile
         if (this.#subscriptions.has(subscription)) this.#ask([subscription]);
       }
     } else {
@@ -7028,7 +7143,7 @@ export class Philote extends EventTarget {
   /** @param {Publication} publication */
   #sendPublication(publication) {
     this.#published.set(publication.ref, publication);
-    this.#socket?.send(publication.text); // dropped by one that is closing
+    this.#socket?.send(publication.text); // a socket that is closing drops it; see #end()
   }
 
   /** @param {object} value */
@@ -7203,8 +7318,8 @@ _CONSOLE_SCRIPT = r"""
 import { Philote, claimsOf, covers } from "./philote.js";
 
 const MOST_ENTRIES = 1000; // in the log
-const MOST_SAMPLES = 150; // in the plot, and
-const PAUSE = 2000; // ms between them: five minutes
+const MOST_SAMPLES = 150; // in the plot
+const PAUSE = 2000; // ms between two samples, so that the plot shows five minutes
 const get = id => document.getElementById(id);
 const value = id => get(id).value.trim();
 
@@ -7249,7 +7364,8 @@ function duration(seconds) {
   return `${Math.floor(seconds)} seconds`;
 }
 
-// HMAC pads its key with zero bytes: one of them is the empty key of a server without a SECRET.
+// The key of a server without a SECRET is empty. crypto.subtle takes no empty key; but HMAC pads
+// keys with zero bytes, so a key of one zero byte makes the same signature.
 async function makeToken() {
   const encode = bytes => btoa(String.fromCharCode(...bytes))
     .replaceAll("+", "-").replaceAll("/", "_").replaceAll("=", "");
@@ -7265,20 +7381,21 @@ async function makeToken() {
   get("connect").requestSubmit();
 }
 
-// The log: entries are gathered, and many are shown at once: each time costs a layout.
+// The log. Entries are gathered for 50 ms and then shown together, since the browser lays out the
+// page anew each time. `fresh` are those not shown yet, `missed` counts those no longer there.
 
-let entries = [], fresh = [], missed = 0, isPaused = false, frame = 0;
+let entries = [], fresh = [], missed = 0, isPaused = false, timer = 0;
 
 function add(entry) {
   fresh.push({ time: new Date(), ...entry });
   if (fresh.length > MOST_ENTRIES) { fresh.shift(); missed++; }
-  frame ||= setTimeout(show, 50); // no animation frame: a hidden page has none
+  timer ||= setTimeout(show, 50); // not requestAnimationFrame(): a hidden page gets none
 }
 
 const warn = note => add({ note, isBad: true });
 
 function show() {
-  frame = 0;
+  timer = 0;
   if (!isPaused) {
     const log = get("log"), atEnd = log.scrollHeight - log.scrollTop - log.clientHeight < 40;
     for (const entry of fresh.splice(0)) {
@@ -7406,10 +7523,11 @@ async function publish() {
 
 // What the server is doing
 
-let watch = 0, before = null, rates = [];
+let watch = 0; // how often follow() was called; a look() for an earlier call gives up
+let before = null, rates = []; // the sample before; messages a second between two samples
 
 function follow(token) {
-  watch++; // an older one may still wait for its answer: it has no say any more
+  watch++;
   before = null;
   rates = [];
   get("state-of-server").hidden = !token;

@@ -6264,6 +6264,19 @@ def test_who_closes_while_the_connection_comes_back_is_not_told_that_it_is_there
     assert not told
 
 
+@pytest.mark.parametrize("ask", [
+    lambda client: client.subscribe("a"), lambda client: client.unsubscribe("a"),
+    lambda client: client.publish("a", 1, wait=True)])
+def test_on_connect_cannot_wait_for_the_answer_that_its_thread_has_to_read(ask, proxy):
+    with contextlib.suppress(RuntimeError), philote.Client(proxy.url, GOOD) as client:
+        client.on_connect = lambda: ask(client)
+        proxy.cut()
+        for _ in range(3):  # the same error each time, with no longer a traceback
+            with pytest.raises(RuntimeError, match="cannot wait for the server") as raised:
+                client.receive(PATIENCE)
+            assert len(raised.traceback) < 6
+
+
 def test_a_gap_is_raised_once_and_what_follows_comes(quick):
     with running(history_size=1000) as server, Proxy(server) as proxy, \
             philote.Client(proxy.url, GOOD) as client:
