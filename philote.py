@@ -2576,22 +2576,27 @@ class Batch:
 
 
 # -------------------------------------------------------------------------------------------- Redis
-# The log of many servers, which are one by it: a stream in Redis (6.2 or later, or Valkey). One
-# thread appends to it what is published here. Another reads what everybody appended, and does what
-# a publisher's thread does in memory. Nothing is delivered before it has been read back, so there
-# is one order for all servers, and to have come back is to be acknowledged.
+# The log that several servers share, and that makes them one: a stream in Redis (6.2 or later, or
+# Valkey). A stream is a list of entries; Redis appends to it (XADD) and cuts off its old end
+# (XTRIM). It gives each entry an id that is higher than all before, so a reader that keeps the last
+# id it has read can ask for all that is above (XREAD), and wait for it.
+#
+# One thread appends what is published here. Another reads what every server has appended, ours
+# included, and does with it what a publisher's thread does where there is no Redis. Nothing is
+# delivered before it has been read back. So there is one order for all servers, and a message that
+# has come back is acknowledged to its publisher (`tells`).
 #
 #     publisher's thread       append thread               read thread, of every server
-#     Outbox.put ---> unsent -- take --> MULTI XADD EXEC --> [stream] -- XREAD --> _receive
-#          '-------> entries <-- take_back ------ its own -------------------------+
-#                                                                   Log.append <---'
-#                                              queues of the subscribers here, `tells`
+#     Outbox.put -+-> unsent -- take --> MULTI XADD EXEC --> [stream] -- XREAD --> _receive
+#                 '-> entries <-- take_back, of what is its own --------------------+
+#                            queues of the subscribers here, `tells` <-- Log.append-'
 #
 # Each server numbers its entries 1, 2, 3, and keeps them until they have come back. An answer of
-# Redis proves nothing: what it has taken may be lost in a failover. Nor does an error: the entry
-# may be there. Only what is read back counts. So after any failure the rule is the same: connect
-# again, append all again that has not come back. Whoever reads drops a number that it has had, and
-# notices one that it never got. Where messages may be missing, every subscriber is told of a gap.
+# Redis does not prove that an entry is there: it may be lost when a replica takes over (a
+# failover). An error does not prove that it is not. Only what is read back counts. So after any
+# failure the rule is the same: connect again, and append again all that has not come back. A read
+# thread drops an entry whose number it has had, and notices when a number is missing. Where
+# messages may be missing, every subscriber is told of a gap.
 #
 #     what happens                          who notices it                and does what
 #     the answer to XADD is lost            append thread, by an error    appends all again
@@ -2606,11 +2611,12 @@ class Batch:
 #     we append to one server and read      append thread: nothing has    both connect again
 #     another                               come back for 10 s
 #
-# An entry holds up to 65,536 messages of one channel, and Redis gives it an id, MILLISECONDS-N. Its
-# messages are MILLISECONDS-(N << 16), and so on by 1. All servers make the same ids of the same
-# entry, so a client may come back to any of them.
+# An entry holds up to 65,536 messages of one channel, and Redis gives it an id, MILLISECONDS-N. The
+# id of its first message is MILLISECONDS-(N << 16), and each next one is higher by 1. All servers
+# make the same ids of the same entry, so a client may come back to any of them.
 #
-# The fields of an entry, in this order:
+# The fields of an entry, in this order; _Entry finds them by their places. The JSON of `user` is
+# only a piece, "user":"alice", with its comma, or nothing (see Batch.user).
 #
 #     philote 1 server ID number N channel NAME issuer ID user JSON message JSON message JSON ...
 #     philote 1 server ID number N heartbeat JSON
@@ -2625,18 +2631,19 @@ _KINDS: dict[bytes, dict[str, type]] = {
     b"ended": {"ask": str, "count": int}, b"heartbeat": {
         "id": str, "host": str, "version": str, "connections": int, "since": int, "floor": str,
         "gone": bool}}
-_INDEX_BITS = 16  # of a message within its entry: a batch never has so many (_MOST_GATHERED)
+_INDEX_BITS = 16  # for a message's place in its entry; a batch has fewer of them (_MOST_GATHERED)
 _HEARTBEAT_TIME = 2  # seconds between heartbeats
-_GONE_TIME = 30  # seconds without one, after which a server is taken to be gone: it may have been
-#                  waiting for its readers, and we for ours, ten seconds each (see _let_read())
+_GONE_TIME = 30  # seconds without one, after which a server counts as gone. It may just be late:
+#                  its read thread may wait 10 s for its subscribers, and ours for ours (_let_read)
 _UNAVAILABLE_TIME = 5  # seconds for an answer of Redis, and for an entry to come back
-_LAG_TIME = 10  # seconds that a client waits here whose position is another server's, and later
-_OUTBOX_SIZE = 1 << 24  # bytes that may wait to come back; publishers are read no further then
+_LAG_TIME = 10  # seconds that a client waits whose position we have not read yet (wait_until())
+_OUTBOX_SIZE = 1 << 24  # bytes that may wait to come back; with more, publishers have to wait
 _MOST_ENTRIES, _MOST_BYTES = 500, 1 << 20  # that are appended, or read, at a time
-_MOST_TRIMMED = 100_000  # entries at a heartbeat: more than are read meanwhile, and it takes Redis
-#                          20 ms. By itself it stops at 10,000, and what comes faster piles up.
+_MOST_TRIMMED = 100_000  # entries that are cut off at a heartbeat: more than come between two, and
+#                          20 ms of work for Redis. Without a LIMIT it would stop at 10,000, and
+#                          while more than that came, the stream would only grow.
 _LARGEST_IN_REDIS = 1 << 28  # bytes of a message; Redis refuses twice that (proto-max-bulk-len)
-_MOST_SERVERS = 1000  # numbers of more are not remembered if they were not heard of for a day
+_MOST_SERVERS = 1000  # with more, those that were not heard of for a day are forgotten
 
 EntryID = tuple[int, int]  # of the stream: milliseconds and a counter
 
@@ -2647,13 +2654,14 @@ def _parse_entry_id(text: bytes) -> EntryID:
 
 
 def _before(first: int) -> int:
-    # In front of a whole millisecond is a lower id than needed: no client could come back with the
-    # 20 digits of the highest counter.
+    # An id below this one and above all that were given out before it. Where the counter is 0, that
+    # is in the millisecond before. The highest counter there would be 2**64 - 1, which has 20
+    # digits, and clients can send no more than 19 (_ID): so it is 2**63 - 1.
     return first - 1 if first & _COUNTER else first - 1 - (1 << _COUNTER_BITS - 1)
 
 
 class Outgoing:
-    """What is to be appended, until it has come back."""
+    """An entry that this server appends, kept until it has been read back."""
 
     __slots__ = ("number", "fields", "size", "tells", "connection", "born", "sent")
 
@@ -2663,13 +2671,16 @@ class Outgoing:
         self.fields = fields
         self.size = sum(map(len, fields)) + _GROUP_OVERHEAD + len(fields) * _KEPT_OVERHEAD
         self.tells = tells
-        self.connection = connection  # what those write to
+        self.connection = connection  # the publisher's, flushed when `tells` have been called
         self.born = time.monotonic()
-        self.sent = 0.0  # when it was sent last; 0 where it has to be sent
+        self.sent = 0.0  # when it was sent last; 0 where it has to be sent (again)
 
 
 class _Entry:
-    """An entry as it is read. Raises some Exception where it is none."""
+    """An entry as it was read. Raises any kind of Exception where no Philote can have written it.
+
+    What is used later is tried here, such as the floor, so a bad entry is skipped as a whole.
+    """
 
     __slots__ = ("server", "number", "kind", "name", "issuer", "user", "payloads", "value")
 
@@ -2692,7 +2703,11 @@ class _Entry:
 
 
 class Outbox:
-    """What this server appends, until it has come back."""
+    """The entries of this server that have not come back, and which of them are still to be sent.
+
+    An entry goes from `unsent` to Redis, and stays in `entries` until it is read back. After a
+    failure nobody knows which have arrived: all of `entries` are unsent again.
+    """
 
     def __init__(self) -> None:
         self.changed = threading.Condition()  # guards all below
@@ -2708,15 +2723,15 @@ class Outbox:
             self._put(entry)
 
     def take(self, seconds: float) -> list[Outgoing]:
-        """Wait for entries to be sent, so long at most, and take some."""
+        """Take entries to send them; where there are none, wait for so many seconds at most."""
         with self.changed:
             self.changed.wait_for(lambda: self.unsent or self.closing.is_set(), seconds)
             taken, size, now = list[Outgoing](), 0, time.monotonic()
             while self.unsent and len(taken) < _MOST_ENTRIES and size < _MOST_BYTES:
                 entry = self.unsent.popleft()
                 entry.sent = now
-                # Here, not where it is sent: take_back() may give it another one meanwhile, which
-                # would overtake lower ones of this batch.
+                # Not later, when it is sent: by then take_back() may have given it a higher number,
+                # which would stand in front of lower ones of this batch.
                 entry.fields[5] = b"%d" % entry.number
                 size += entry.size
                 taken.append(entry)
@@ -2730,10 +2745,11 @@ class Outbox:
             self.unsent = self.entries.copy()
 
     def take_back(self, number: int) -> Outgoing | None:
-        """Remove an entry that came back; those before it are not in the log, and appended anew.
+        """Remove and return an entry that came back; None where it has got a new number since.
 
-        They are sent in the order of their numbers, so a lower one would have come before it. Who
-        reads would drop that number now, so they get new ones.
+        Entries are sent in the order of their numbers. So those with lower numbers that have not
+        come back by now are lost, and appended again. They get new numbers: a read thread drops an
+        entry whose number is not above the last one.
         """
         with self.changed:
             lost = []
@@ -2755,7 +2771,7 @@ class Outbox:
 
     def count_messages(self) -> int:
         """Count the messages that have not come back."""
-        with self.changed:
+        with self.changed:  # names and values take turns; from 12 on, all names are of messages
             return sum(entry.fields[12::2].count(b"message") for entry in self.entries)
 
     def age(self) -> float:
@@ -2773,7 +2789,12 @@ class Outbox:
 
 
 class RedisLog(Log):
-    """A log that many servers share. Its own two threads do all that Redis is asked for."""
+    """A log that many servers share. Its own two threads do all that Redis is asked for.
+
+    Each of these works with a connection of its own, and after an error with a new one (_keep). The
+    first error sets `failure` (_fail), and the log counts as out of reach until an entry that was
+    sent after that has been read back (_recover): then the whole way works again.
+    """
 
     ROWS = (
         ("redis_up", "gauge", "Whether the log can be reached.", "redis_up"),
@@ -2797,36 +2818,36 @@ class RedisLog(Log):
         self.began = round(time.time())
         self.position = 0
         self.outbox = Outbox()
-        # An entry of ours was read back, so all that was in the log before it is read.
-        self.ready = threading.Event()
+        self.ready = threading.Event()  # set when the first of our entries, and all before, is read
         self.closing = self.outbox.closing
         self.fatal: PhiloteError | None = None  # why it cannot begin
-        self.failure = ""  # why the log cannot be reached; guarded by outbox.changed, as is
+        self.failure = ""  # why the log cannot be reached; outbox.changed guards these three
         self.failed_at = 0.0  # when that began
-        self.heard_until = 0.0  # and up to when all that others said had been read by then
-        self.breaks = 0  # how often both connections had to be opened again; the writer's
-        self.written = 0  # entries; the writer's
+        self.heard_until = 0.0  # up to when we had read, at that time, what other servers wrote
+        self.breaks = 0  # how often both connections had to be opened again; the append thread's
+        self.written = 0  # entries; the append thread's
         # Whether a heartbeat is on its way: set by the append thread, undone by the read thread, so
         # that none pile up during a break.
         self.beating = False
-        self.leaving = False  # whether all heartbeats from now on are the last
+        self.leaving = False  # whether this server stops, and its heartbeats say that it is gone
         # The read thread's; others only look.
         self.cursor: EntryID = 0, 0  # of the last entry that was read
-        self.first = 0  # id of the first one
+        self.first = 0  # id of the first entry that was read, or of the last lift
         # The log was emptied, or cut past the cursor. That is a gap up to the next entry that is
-        # read, whose id tells how far: others may have read more of what is gone.
+        # read, whose id tells how far: other servers may have read more of what is gone.
         self.cut = False
-        self.ahead = 0  # how much the clock of Redis is ahead of ours, as an id
+        self.ahead = 0  # how much the clock of Redis is ahead of ours, as a difference of ids
         # By server: its next number, and when it was heard of; what it said of itself, and when.
         self.expected: dict[bytes, tuple[int, float]] = {self.id: (1, math.inf)}
         self.servers: dict[bytes, tuple[dict[str, Any], float]] = {}
-        # What others answered, by whom and to what; a dictionary is removed by who asked.
+        # By each request of end_connections(), until that returns: how many each server has ended.
         self.asked: dict[str, dict[str, int]] = {}
         self.read_count = self.skipped = self.repeated = self.losses = 0
-        self.at_end = 0.0  # when there was nothing more to be read
+        self.at_end = 0.0  # when the read thread was last at the end of the log
         self.patience, self.rested = 10.0, time.monotonic()  # see _let_read()
-        self.stalled: dict[Connection, int] = {}  # what was sent to whom when he stalled
-        # Bytes that may wait for one, so that what comes until he is looked at again has room, too.
+        self.stalled: dict[Connection, int] = {}  # and how many bytes each had been sent by then
+        # Bytes that may wait for a subscriber before _let_read() waits for it, too: what comes
+        # until it is looked at again must still fit into its queue.
         self.most = min(settings.max_queue_size >> 1,
                         max(0, settings.max_queue_size - 2 * _LARGEST_GATHERED))
         self.threads = [
@@ -2843,7 +2864,7 @@ class RedisLog(Log):
         for thread in self.threads:
             thread.start()
         said = time.monotonic()
-        while not self.ready.wait(0.05) or self.fatal:
+        while not self.ready.wait(0.05) or self.fatal:  # the threads go on though they set `fatal`
             if self.fatal or is_over():
                 self.close()
                 raise self.fatal or _Stopped
@@ -2879,6 +2900,7 @@ class RedisLog(Log):
     def end_connections(self, whom: Mapping[str, str]) -> tuple[int, bool]:
         """End connections of all servers, our own at once; the others are asked through the log."""
         count, ask, answers = self.end_own(**whom), uuid.uuid4().hex, dict[str, int]()
+        # This server answers itself, too: only its answer shows that the question is in the log.
         missing = {about["id"] for about in self._living()} | {self.id.decode()}
         self.asked[ask] = answers
         self.outbox.put(self._make_entry(b"end", {"ask": ask, "whom": whom}))
@@ -2899,7 +2921,8 @@ class RedisLog(Log):
 
     def wait_until(self, position: int) -> None:
         """Wait a while until the log is read up to an id that another server gave out."""
-        # No server of this log is a minute ahead: such an id is another log's, and never comes.
+        # No server of this log is a minute ahead of us. An id that is belongs to another log: to
+        # wait for it would be in vain.
         end = time.monotonic() + _LAG_TIME
         while (self.position < position < self.position + (60_000 << _COUNTER_BITS)
                and time.monotonic() < end and not self.stopping.is_set()):
@@ -2909,6 +2932,7 @@ class RedisLog(Log):
         """Take leave, and wait until all that was published has come back."""
         self.leaving = True
         self.outbox.put(self._make_heartbeat())
+        # While Redis is away, only messages are waited for, not our last heartbeat.
         while ((lost := self.outbox.count_messages()) or self.outbox.entries and not self.reason
                ) and time.monotonic() < deadline:
             time.sleep(0.01)
@@ -2925,7 +2949,7 @@ class RedisLog(Log):
 
     @property
     def reason(self) -> str:
-        """Why the log cannot be reached: not the connections count, but whether entries return."""
+        """Why the log cannot be reached: an error that is not overcome, or no entry comes back."""
         age = self.outbox.age()
         return self.failure or (
             f"nothing has come back from Redis for {age:.0f} s" if age > _UNAVAILABLE_TIME else "")
@@ -2951,10 +2975,11 @@ class RedisLog(Log):
             "redis_gaps": self.losses}
 
     def tell_gap(self, position: int) -> None:
-        """Tell all subscribers that messages before an id may be missing. The read thread.
+        """Tell all subscribers that messages up to an id may be missing. The read thread.
 
-        Who gets ids is told, and may ask again. Who gets none could not know what is missing, and
-        is disconnected. What was kept is forgotten: to go through it would pass over the gap.
+        A subscriber with ids gets a message that says so. One without ids could not know what it
+        missed, and is disconnected. The history is cleared: a client that comes back would get what
+        is left of it, and not learn of the gap.
         """
         if self.ready.is_set():
             log.error("Redis: messages may be missing, all subscribers are told")
@@ -2984,11 +3009,11 @@ class RedisLog(Log):
 
     def _look_back(self, past: Past, names: Names, kept: Iterable[str],
                    seen: int) -> tuple[int, bool, dict[str, int]]:
-        if past.since and past.partly:  # it was reckoned from our clock
+        if past.since and past.partly:  # a duration: parse_past() went by our clock
             past = past._replace(since=max(0, past.since + self.ahead))
         return super()._look_back(past, names, kept, seen)
 
-    # Both threads
+    # The append thread and the read thread
 
     def _keep(self, work: Callable[[Any], None]) -> None:
         # Works with a connection of its own, and with a new one when that fails.
@@ -3008,7 +3033,8 @@ class RedisLog(Log):
             self.closing.wait(random.uniform(0.1, 0.4))
 
     def _execute(self, connection: Any, *commands: Sequence[Any]) -> Any:
-        # Returns the last one's answer. Raises what any of them was answered.
+        # Sends all commands, then returns the answer to the last. Raises the error that one of them
+        # was answered with; those of commands within a transaction are items of EXEC's answer.
         connection.send_packed_command(connection.pack_commands(commands))
         answer = [connection.read_response() for _ in commands][-1]
         for item in answer if isinstance(answer, list) else ():
@@ -3030,20 +3056,22 @@ class RedisLog(Log):
             log.error("%s; it is tried again until it works", self.failure)
 
     def _recover(self, entry: Outgoing) -> None:
-        # The read thread: what was sent behind the failure has come back, so the whole way works.
-        # Where nobody publishes, it is a heartbeat.
+        # The read thread. An entry that was sent after the failure has come back, so the whole way
+        # works again. Where nobody publishes, it is a heartbeat.
         with self.outbox.changed:
             if not self.failure or entry.sent <= self.failed_at:
                 return
             now = time.monotonic()
-            for server, (about, heard) in self.servers.items():  # nobody could be heard meanwhile
+            # Servers that lived when the failure began could not be heard since: they have
+            # _GONE_TIME from now on.
+            for server, (about, heard) in self.servers.items():
                 if heard > self.heard_until - _GONE_TIME:
                     self.servers[server] = about, now
-            self.failure = ""  # behind that: see _living()
+            self.failure = ""  # after the loop, for _living() goes by it without the lock
         seconds = now - self.failed_at
         log.info("Redis at %s is there again after %.1f seconds", self.address, seconds)
 
-    # The appending thread
+    # The append thread
 
     def _append_forever(self, connection: Any) -> None:
         self.outbox.restore()
@@ -3071,11 +3099,13 @@ class RedisLog(Log):
             self._lift(connection, before)
 
     def _lift(self, connection: Any, before: EntryID) -> None:
-        # This log is behind what was read: it is another one, or its clock was set back. Whoever
-        # reads asks for what is above the last id that it has, and would never see what we append.
-        # Behind an entry with a higher id Redis counts on from there; who reads it knows that
-        # something may be missing, and that what he has read in front of it may come again. So it
-        # is needed also where others have come above that id meanwhile.
+        # Redis gave our entry an id that is not above what was read before: this is another log, or
+        # its clock was set back. Read threads ask for what is above the last id that they have, and
+        # would never see what we append. So an entry is added with an id that we choose, above all
+        # that was read; what is appended after it gets higher ones. It also tells each read thread
+        # that messages may be missing, and that numbers which it has had may come again. That is
+        # why it is needed even where another server has lifted the log meanwhile, and Redis refuses
+        # our id because it is no longer the highest.
         lift = *self.head, "lift", ""
         try:
             self._execute(connection, ("XADD", self.key, f"{before[0]}-{before[1] + 1}", *lift))
@@ -3084,9 +3114,9 @@ class RedisLog(Log):
         self.outbox.restore()
 
     def _look_whether_entries_return(self, now: float) -> None:
-        # We may be appending to one server and reading from another, behind a failover. It is sure
-        # only if the read thread has been at the end of its log since: a second later, for what was
-        # sent is not there at once.
+        # After a failover we may be appending to one Redis server and reading from another. It is
+        # certain only if the read thread has been at the end of its log since the entry was sent,
+        # and a second later than that: what was sent is not in the log at once.
         with self.outbox.changed:
             oldest = self.outbox.entries[0].sent if self.outbox.entries else 0
         if oldest and now > oldest + 2 * _UNAVAILABLE_TIME and self.at_end > oldest + 1:
@@ -3098,6 +3128,7 @@ class RedisLog(Log):
             self.history.trim(self.now)
             kept = max(self.history.floor, self.now - self.history.time)
             connections = len(self.issuers)
+        # The lowest entry that this server still needs, for its history or because it is unread.
         floor = min((kept >> _COUNTER_BITS, (kept & _COUNTER) >> _INDEX_BITS), self.cursor)
         about = {
             "id": self.id.decode(), "host": platform.node(), "version": __version__,
@@ -3115,17 +3146,17 @@ class RedisLog(Log):
         return "{}-{}".format(*min(floors, default=(0, 0)))
 
     def _living(self) -> list[dict[str, Any]]:
-        # Who is not heard while we do not hear is not gone: behind a break, or where this process
-        # was stopped, what the others said meanwhile is still to be read.
+        # Silence counts only up to the time to which we have read the log. After a break, or where
+        # this process was stopped for a while, what the others wrote meanwhile is still to be read.
         now = self.heard_until if self.failure else self.at_end
         return [about for about, heard in self.servers.copy().values() if now < heard + _GONE_TIME]
 
-    # The reading thread
+    # The read thread
 
     def _read_forever(self, connection: Any) -> None:
         if not self.ready.is_set():
             self._look_at_server(connection)
-        if self.cursor != (0, 0):
+        if self.cursor != (0, 0):  # if the last entry that we read is gone, so may be later ones
             oldest = self._execute(connection, ("XRANGE", self.key, "-", "+", "COUNT", 1))
             self.cut |= not oldest or _parse_entry_id(oldest[0][0]) > self.cursor
         breaks, count = self.breaks, 10
@@ -3139,8 +3170,8 @@ class RedisLog(Log):
             size = self._receive(entries)
             if len(entries) < count:
                 self.at_end = time.monotonic()
-            # More at a time while there is more, but not of large ones: Redis counts entries, and
-            # knows no limit in bytes.
+            # While there is more, ask for more at a time. But not where entries are large: COUNT
+            # limits their number, and nothing limits their bytes.
             more = len(entries) == count and size < _MOST_BYTES >> 1
             count = min(2 * count, _MOST_ENTRIES) if more else max(10, count >> 1)
 
@@ -3164,8 +3195,8 @@ class RedisLog(Log):
         size = written = 0
         for text, fields in entries:
             cursor = _parse_entry_id(text)
-            first = cursor[0] << _COUNTER_BITS | cursor[1] << _INDEX_BITS
-            if self.cursor == (0, 0):
+            first = cursor[0] << _COUNTER_BITS | cursor[1] << _INDEX_BITS  # its first message's id
+            if self.cursor == (0, 0):  # the first entry: what was before it is not known here
                 self.first = first
                 self.history.floor = self.position = _before(first)
             size += sum(map(len, fields))
@@ -3178,7 +3209,8 @@ class RedisLog(Log):
                                 "wrote, such as %s; they are skipped", self.key, text.decode())
             self.cursor = cursor
             self.read_count += 1
-            # Written in between, that what one answer brings does not fill a queue by itself.
+            # Written every so many bytes and at the end, so that what one answer brings does not
+            # fill a queue by itself.
             if size - written >= _LARGEST_GATHERED or text is entries[-1][0]:
                 written = size
                 for connection in touched:
@@ -3188,11 +3220,11 @@ class RedisLog(Log):
         return size
 
     def _let_read(self, connections: Iterable[Connection]) -> None:
-        # What piled up during a break comes all at once, and would overflow the queues of peers
-        # that read well. So each is waited for while it takes any bytes: half a second without is a
-        # stall, for on_overflow() to judge, and not waited for again before it takes some.
-        # Meanwhile all others wait for it, too; so this may take ten seconds at once, and two more
-        # in each minute.
+        # What piled up during a break comes all at once, and would overflow the queues even of
+        # peers that read well. So this waits for each of them while it takes any bytes. One that
+        # takes none for half a second has stalled: it is left to on_overflow(), and not waited for
+        # again before it has taken some. All other subscribers wait meanwhile. So this waits for
+        # ten seconds at most (`patience`), and regains two of them in each minute.
         begin = time.monotonic()
         self.patience = min(10, self.patience + (begin - self.rested) / 30)
         for connection in connections:
@@ -3213,7 +3245,8 @@ class RedisLog(Log):
     def _receive_entry(self, first: int, entry: _Entry, touched: dict[Connection, Any]) -> None:
         if entry.kind == b"lift":
             self.tell_gap(_before(first))
-            # As if the log began here: what is appended again may have numbers that we have had.
+            # As if the log began here: what others append again may have numbers that we have had.
+            # What we append again has not: it has not come back.
             self.first = first
             self.expected = {server: (0, heard) if server != self.id else (number, heard)
                              for server, (number, heard) in self.expected.items()}
@@ -3246,15 +3279,17 @@ class RedisLog(Log):
             self.ready.set()
 
     def _is_next(self, server: bytes, number: int, first: int) -> bool:
-        # Whether an entry is the next of its server; one that is missing is noticed by what the
-        # same server appends next, a heartbeat at the latest. At the start we may come in the
-        # middle of any server's numbers, but the log cannot be longer by then than a server may be
-        # silent. One that is met later has just started, with 1, or is told of as a gap: the log
-        # has lost what it appended before, or we have forgotten it (see _MOST_SERVERS).
+        # Whether an entry is new. If one is missing, the next of the same server shows it, which is
+        # a heartbeat at the latest.
+        #
+        # The first entry that we meet of a server may have any number if it was running before we
+        # began to read: but then it has written a heartbeat within the first _GONE_TIME of the log.
+        # A server that is met later has just started, and its number is 1. If it is not, the log
+        # has lost what it wrote before, or we have forgotten it (see _MOST_SERVERS): that is a gap.
         if server not in self.expected:
             late = first > self.first + (int(1000 * _GONE_TIME) << _COUNTER_BITS)
             self.expected[server] = 1 if late or self.ready.is_set() else number, 0
-        expected = self.expected[server][0] or number  # 0 is whichever comes, behind a lift
+        expected = self.expected[server][0] or number  # after a lift it is 0: any number will do
         if number < expected:
             return False
         if number > expected or self.cut:
@@ -3278,10 +3313,12 @@ class RedisLog(Log):
 
     def _receive_heartbeat(self, server: bytes, about: dict[str, Any]) -> None:
         if server == self.id:
-            self.beating = False  # first of all: else there would never be another
-            if about["gone"] and not self.outbox.entries:  # some may be appended anew
+            self.beating = False  # before anything that may fail: else there would be no other
+            # Our last entry has come back, unless some that were lost are appended again after it.
+            if about["gone"] and not self.outbox.entries:
                 self.closing.set()
         now = time.monotonic()
+        # One that says that it is gone is gone at once, see _living().
         self.servers[server] = about, -math.inf if about["gone"] else now
         if len(self.expected) > _MOST_SERVERS:
             for name in [name for name, (_, at) in self.expected.items() if at < now - 86400]:
@@ -3290,8 +3327,8 @@ class RedisLog(Log):
 
 
 def _find_redis(url: str) -> tuple[Any, Callable[[], Any], str]:
-    # The package, what makes a connection to where the URL says, and where that is. Raises
-    # SettingsError, and PhiloteError where a package is missing.
+    # Returns the package, a function that makes a connection as the URL says, and its address for
+    # people to read. Raises SettingsError, and PhiloteError where a package is missing.
     try:
         redis: Any = importlib.import_module("redis")
         importlib.import_module("hiredis")  # several times as fast
@@ -3305,7 +3342,7 @@ def _find_redis(url: str) -> tuple[Any, Callable[[], Any], str]:
         connect = functools.partial(pool.connection_class, **{
             **pool.connection_kwargs, "protocol": 2, "decode_responses": False, "retry": None,
             "socket_timeout": _UNAVAILABLE_TIME, "socket_connect_timeout": _UNAVAILABLE_TIME})
-        one = connect()
+        one = connect()  # made, not opened: it raises where it does not know an option
     except (ValueError, TypeError, redis.RedisError):  # whose text may hold the password
         raise SettingsError(
             _not_allowed("REDIS_URL", "", _REDIS[1]) + "; a password has to be percent-encoded in "
@@ -3321,20 +3358,20 @@ def make_log(settings: Settings) -> Log:
 
 
 # -------------------------------------------------------------------------------------- subscribers
-# What a connection becomes: a WebSocket or an event stream. Everything that deals with
-# simple-websocket stands here, but for the client.
+# What a connection becomes: a WebSocket or an event stream. All that deals with simple-websocket
+# stands here.
 #
 # Three kinds of threads have to do with a subscriber. Its own lets it catch up with the past and
-# join its channels (follow), then reads what the client sends. Those of publishers put messages in
-# its queue and write them, and know nothing of it but a function that takes bytes. The poller's
-# looks at the points in time: the end of its token, the next ping, a position for one who was sent
-# nothing for long.
+# join its channels (follow), then reads what the client sends. The threads of publishers put
+# messages in its queue and write them; all that the log gave them of it is its connection and a
+# function that takes bytes. The poller's thread looks at the points in time: the end of its token,
+# the next ping, and whether it was sent nothing for so long that it is told its position.
 #
-# Where the server ends one, it calls end(): it leaves its channels, and only then are its last
-# words queued, so no message stands behind them. The close codes: 1001 the server stops, 1002, 1007
-# and 1009 for what it sent, 1008 it reads too slowly, 1011 it answers no ping, 1012 it has no ids
-# and messages may be missing, 4401 its token expired, 4403 an operator ended it. A close that the
-# client begins is answered by the library.
+# To end a subscriber the server calls end(): first it leaves its channels, then the close frame is
+# queued, so no message stands behind that. The close codes: 1001 the server stops; 1002, 1007, 1009
+# the client sent bad frames, text or too much; 1008 it reads too slowly; 1011 it answers no ping,
+# or there was an error of ours; 1012 messages may be missing and it has no ids; 4401 its token
+# expired; 4403 an operator ended it. A close that the client begins is answered by the library.
 
 class Subscriber:
     """A connection that messages are queued for, whichever way they are encoded."""
@@ -3349,11 +3386,11 @@ class Subscriber:
         self.key = key
         self.channels = channels  # to join, and then those that it has joined
         self.past = past
-        self.rest = rest  # what came behind the request, at first
+        self.rest = rest  # what was read together with the request, and is not part of it
         # Guarded by the log's lock.
         self.encoder = self.encoders[past.resumable]
         self.live = False  # whether it gets all that is published to its channels, or catches up
-        # The poller's: how much was written, and when it was not so much yet.
+        # The poller's: how many bytes were written when it last found more, and when that was.
         self.sent, self.quiet_since = 0, 0.0
 
     def run(self) -> None:
@@ -3363,6 +3400,7 @@ class Subscriber:
             # Bytes that a dead peer does not acknowledge would keep the system busy for a quarter
             # of an hour. Two heartbeats, in milliseconds.
             connection.transport.set_tcp(socket.TCP_USER_TIMEOUT, int(2000 * interval))
+        # A subscriber with ids is looked at more often, see tell_position().
         look = min(interval / 4, _LONGEST_LOOK) if self.past.resumable else interval
         if (pause := min(look or math.inf, self._time_left())) < math.inf:
             self.server.poller.call_at(connection, time.monotonic() + pause)
@@ -3381,6 +3419,7 @@ class Subscriber:
         """Send what was asked for of the past, then join channels; see Log.replay()."""
         live = self.channels if self.live else Names()
         self.channels = Names(self.channels | names)
+        # If it is live, its queue is emptied first: a piece of the past shall not overflow it.
         if not self.live or self.connection.catch_up():
             for _ in self.server.log.replay(self, names, past, live, before, after):
                 if not self.connection.catch_up():
@@ -3416,7 +3455,11 @@ class Subscriber:
         raise NotImplementedError
 
     def tell_position(self, now: float, interval: float) -> float:
-        """Tell one who was sent nothing else for a whole interval; returns when to look again."""
+        """Tell the position if nothing was sent for an interval; returns when to look again.
+
+        Else a client of a quiet channel would come back with an old position, which the history
+        may not reach any more, though it has missed nothing.
+        """
         connection = self.connection
         if connection.sent == self.sent and now >= self.quiet_since + interval:
             self.server.log.position_for(self)
@@ -3444,9 +3487,10 @@ class Subscriber:
         return b""
 
     def end(self, code: int, reason: str, discard: bool = False, patience: float = 0.0) -> bool:
-        """Leave the channels and begin to close the connection; False where it is closing.
+        """Leave the channels, then begin to close; False where it was closing already.
 
-        In this order: nothing is queued behind the last words, and the place is free for another.
+        In this order nothing is queued behind the last words, and when the peer has read these, its
+        place (MAX_CONNECTIONS) is free.
         """
         self.leave()
         return self.connection.finish(
@@ -3465,12 +3509,12 @@ class Subscriber:
             self.server.metrics.count("slow_consumers")
 
 
-_PONGS = 16  # of more pings in one read, only the last is answered (RFC 6455, section 5.5.3)
-_LONGEST_LOOK = 5  # seconds, after which it is looked whether a connection is quiet
+_PONGS = 16  # pings of one read that are answered one by one; of more, the last (RFC 6455, 5.5.3)
+_LONGEST_LOOK = 5  # seconds between two looks whether a subscriber with ids was sent anything
 _CONTROL_COST = 0.1  # messages that a ping, a pong or a fragment counts as, for MAX_MESSAGE_RATE
-_REFUSED_COST = 10  # and a message that is dropped
-_BAD_BYTES = 5_000  # of a bad message cost 1, see Connection.charge(): to find a megabyte bad takes
-#                     30 ms in which nobody else can do anything
+_REFUSED_COST = 10  # messages that one counts as which is dropped
+_BAD_BYTES = 5_000  # of a bad message that cost 1, see Connection.charge(): to find out that a
+#                     megabyte is bad takes 30 ms, in which no other thread can do anything
 
 
 class WebSocket(Subscriber):
@@ -3484,17 +3528,16 @@ class WebSocket(Subscriber):
                  rest: bytes) -> None:
         super().__init__(connection, key, channels, past, rest)
         self.frames = read_frames(self.server.settings.max_message_size)
-        next(self.frames)  # it stands where it needs bytes
+        next(self.frames)  # up to its first yield, where it takes bytes
         self.read_size = max(self.server.settings.read_buffer_size, _FULL_READ)
         self.batch = Batch(self.server, self.id, key.user, connection)
         self.asked: tuple[list[str], Past, str | None] | None = None  # a subscription to be served
         self.pings, self.last_ping = 0, b""  # that came since the last flush
         self.delay = 0.0  # seconds that the peer has to wait, see RateLimit and Connection.charge()
-        # The poller's: when the last ping went out; how much of what was written the peer had
-        # acknowledged at the last heartbeat, and how much it had not; when that moved.
-        self.pinged = 0.0
-        self.acknowledged = self.unacknowledged = 0
-        self.moved = 0.0
+        # The poller's, see on_heartbeat().
+        self.pinged = 0.0  # when the last ping went out
+        self.acknowledged = self.unacknowledged = 0  # bytes written, as of the last look
+        self.moved = 0.0  # when the peer was last seen to take bytes from a full buffer
 
     # Its own thread, in the order of a message's way
 
@@ -3504,7 +3547,7 @@ class WebSocket(Subscriber):
         # run here. It reads from a socket that is none: what it is given to read is only what
         # read_messages() leaves to it.
         library = _ServerWebSocket.accept(
-            {"werkzeug.socket": _LibrarySocket(self)},
+            {"werkzeug.socket": _LibrarySocket(self)},  # the key under which it takes any socket
             thread_class=_UnstartedThread, event_class=_UnusedEvent)
         loop, library.thread = library.thread.run, None  # which would be a reference cycle
         try:
@@ -3524,8 +3567,9 @@ class WebSocket(Subscriber):
         Gather, then write: what one read brought is queued for all subscribers, then each of them
         is written to once.
 
-        Who sends without end may occupy a thread for ever. Ten such would leave a publisher an
-        eleventh of the interpreter's time; so they take turns, and share one part of it.
+        A client that sends without end keeps its thread busy for ever. Ten of them would leave any
+        other publisher an eleventh of the interpreter's time. So they take turns, and have one
+        share of it together (Server.take_turn).
         """
         while data := self.rest or self.connection.read(self.read_size):
             self.rest = b""
@@ -3565,7 +3609,7 @@ class WebSocket(Subscriber):
             try:
                 self.receive(frame.payload.decode())
             except UnicodeDecodeError:
-                self.receive("\ufeff")  # no more a message than this, a byte order mark
+                self.receive("\ufeff")  # a byte order mark, refused as any text that is not JSON
             return
         if frame.opcode == Opcode.PING:
             self.pings += 1
@@ -3579,7 +3623,7 @@ class WebSocket(Subscriber):
         """Publish what the client sent, or tell it why not."""
         connection = self.connection
         connection.received += 1
-        if connection.rate.limit:
+        if connection.rate.limit:  # one more for each 16,384 characters
             self.delay = connection.rate.take(1 + (len(text) >> 14))
         ref: str | None = None
         try:
@@ -3591,11 +3635,13 @@ class WebSocket(Subscriber):
                     self._change_subscriptions(value, ref)
                     return
             channel, data = check_message(value)
+            # What is in `heads` was allowed before.
             if channel not in self.batch.heads and not self.key.may_write(channel):
                 raise Refused(f"the token may not write the channel {_shown(channel)}", "forbidden")
             self.batch.add(channel, data,
                            None if ref is None else functools.partial(self._tell_published, ref))
         except Refused as error:
+            # The connection has a counter of the name of each code.
             setattr(connection, error.code, getattr(connection, error.code) + 1)
             connection.log(logging.INFO if error.code == "forbidden" else logging.WARNING,
                            "%s message dropped: %s", self.id, error)
@@ -3652,8 +3698,9 @@ class WebSocket(Subscriber):
         connection = self.connection
         unacknowledged = connection.transport.unacknowledged()
         acknowledged = connection.sent - unacknowledged
-        # A peer whose receive buffer was full and takes bytes again reads, though its pong may be
-        # far behind. Where the buffer has room, its system acknowledges without it.
+        # A peer that is slow may reach our ping only after much else. But if its receive buffer was
+        # full and takes bytes again, it has read. While there is room in the buffer that shows
+        # nothing: the peer's system acknowledges whether anybody reads or not.
         if acknowledged > self.acknowledged and self.unacknowledged > _FULL_READ:
             self.moved = now
         self.acknowledged, self.unacknowledged = acknowledged, unacknowledged
@@ -3664,7 +3711,7 @@ class WebSocket(Subscriber):
             self.pinged = now
             connection.put(_PING)
             connection.flush()
-            self.sent += len(_PING)  # which is no sign of life that a browser's page can see
+            self.sent += len(_PING)  # no page in a browser sees a ping: see tell_position()
         if now < self.pinged + interval:
             return self.pinged + interval
         if self.end(CloseReason.INTERNAL_ERROR, "ping timeout"):
@@ -3701,7 +3748,8 @@ class _ServerWebSocket(simple_websocket.Server):  # type: ignore[misc]
     def handshake(self) -> None:
         # The library would parse the request's head once more, and keep what it needs for that:
         # half of the time and a fifth of the memory that a connection takes. check_upgrade() has
-        # looked more closely already, and the answer is queued.
+        # looked more closely already, and the answer is queued. So what the library has made for it
+        # is dropped, and the property below takes its name.
         del self.ws
         self.connected = True
 
@@ -3763,7 +3811,7 @@ class EventStream(Subscriber):
     def on_heartbeat(self, now: float, interval: float) -> float:
         """Send a comment.
 
-        A client that is gone is found out by the system, which waits for its acknowledgement.
+        If the client is gone, nobody acknowledges that, and the system ends the connection.
         """
         if not self.encoder.with_ids:  # the others are told their position
             self.connection.put(b":\n\n")
@@ -3792,8 +3840,8 @@ class EventStream(Subscriber):
 # client can slip a request into what another one sent (request smuggling). The standard library's
 # parser takes bare line feeds and folded lines, which a proxy may read otherwise. So the head is
 # read strictly (RFC 9112): what is not plainly right is refused. A body has a Content-Length and is
-# read to its end, or else the connection ends behind the answer: nothing that nobody read is taken
-# for the next request.
+# read to its end, or else the connection ends after the answer: bytes of a body that nobody read
+# are never taken for the next request.
 #
 # A connection's requests are answered one by one, in order. Each has to be there, with its body,
 # before a deadline: a thread costs too much to be held by a client that sends a byte now and then.
@@ -3801,9 +3849,10 @@ class EventStream(Subscriber):
 # Limits of a head: bytes, fields, bytes of the target, parameters of the query in it. 8 KiB have
 # room for 4,000 parameters, each of which costs far more than its bytes.
 MAX_HEAD_SIZE, MAX_HEADERS, MAX_TARGET_SIZE, MAX_PARAMETERS = 16384, 100, 8192, 1100
-_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
+_TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2; no JSON Web Token is meant
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/1\.([01])" % _TOKEN)
 _FIELD = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
+# No comma: it would join the values of two Host headers.
 _HOST_FIELD = re.compile(r"[][A-Za-z0-9._~!$&'()*+;=%:-]{1,255}")
 _NONCE = re.compile("[A-Za-z0-9+/]{22}==")  # 16 bytes in base64
 _CLOSE = {"Connection": "close"}  # where the answer is not sent by _respond(), which adds it
@@ -3821,7 +3870,7 @@ class Response(NamedTuple):
     subscriber: Subscriber | None = None
 
     def encode(self, whole: bool = True, head_only: bool = False) -> bytes:
-        """Encode it; a response that is not `whole` goes on until the connection ends.
+        """Encode it; one that is not `whole` has no length: more follows, or another protocol.
 
         The answer to HEAD, `head_only`, tells the length of the body that GET would bring.
         """
@@ -3906,12 +3955,13 @@ def decode_request(head: bytes) -> Request:
             raise HTTPError(400, "a header field must be NAME: VALUE on one line")
         name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    # A client of a proxy may send a whole URL (RFC 9112, section 3.2.2).
     path, _, query = re.sub("(?i)^https?://[^/?]*", "", target).partition("?")
     try:
         parsed = urllib.parse.parse_qs(query, keep_blank_values=True, max_num_fields=MAX_PARAMETERS)
     except ValueError:
         raise HTTPError(400, f"a query may have {MAX_PARAMETERS} parameters") from None
-    host = headers.get("host", "" if minor == "1" else "unknown")
+    host = headers.get("host", "" if minor == "1" else "unknown")  # HTTP/1.0 knows no such header
     try:
         if not _HOST_FIELD.fullmatch(host):  # 255 bytes at most: to decode them takes 0.1 ms
             raise ValueError
@@ -3945,10 +3995,10 @@ def check_upgrade(request: Request) -> None:
 
 
 class HTTPHandler:
-    """What reads requests from a connection and answers them, until it becomes a subscriber.
+    """Reads requests from a connection and answers them, until it ends or becomes a subscriber.
 
-    To ask is cheaper than to answer. So a request without a good token, or with messages that are
-    none, is charged to its connection, and who has overdrawn is read from later.
+    To ask is cheaper than to answer. So a request without a good token, or with bad messages, is
+    charged to its connection; after too many of these, the next one is read later.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -3973,7 +4023,9 @@ class HTTPHandler:
             return self.deadline
         late = HTTPError(408, f"a request must be complete within {self.timeout:g} seconds",
                          "request_timeout", _CLOSE)
-        begun = self.begun
+        # To a client that has sent nothing it says nothing: that could be taken for the answer to
+        # the request that the client is just sending.
+        begun = self.begun  # read once: the other thread may change it meanwhile
         last = late.response().encode() if begun else b""
         if not self.connection.finish(last, only=READING):
             return now + 1  # it has been answering since
@@ -4002,7 +4054,7 @@ class HTTPHandler:
             except HTTPError as error:
                 self.server.refuse(self.connection.address, error)
                 response = error.response()
-                if self.connection.state is READING:
+                if self.connection.state is READING:  # it was refused before it was whole
                     self._move(ANSWERING)
             if not self._respond(request, response):
                 return None
@@ -4019,7 +4071,7 @@ class HTTPHandler:
         while True:
             self.buffer = self.buffer.lstrip(b"\r\n")  # RFC 9112, section 2.2
             self.begun = bool(self.buffer)
-            if self.begun:  # a proxy may bring requests of several clients
+            if self.begun:  # counted for the peer, a proxy perhaps, until its head names a client
                 self.server.admission.rename(self.connection, self.connection.peer)
             if self.buffer and not re.match(_TOKEN + b"( |$)", self.buffer):
                 raise HTTPError(400, "this is not HTTP/1.1")
@@ -4028,13 +4080,13 @@ class HTTPHandler:
                 raise HTTPError(431, f"the head of a request may have {MAX_HEAD_SIZE} bytes")
             if is_whole:
                 break
-            self.connection.flush()
+            self.connection.flush()  # as after any move(), see Connection.flush()
             if not (data := self.connection.read(4096, look_first=not self.begun)):
                 return None
             self.buffer += data
         self._move(ANSWERING)
         self.buffer = rest
-        self.charge = 10 + len(head) / 100  # until it shows a good token
+        self.charge = 10 + len(head) / 100  # until it shows a good token; 1 is 0.1 ms of work
         request = decode_request(head)
         request.address = client_address(request, self.connection.peer)
         self.server.admission.rename(self.connection, request.address)
@@ -4046,7 +4098,7 @@ class HTTPHandler:
         length = request.headers.get("content-length")
         limit = self.server.settings.max_message_size
         if length is None or "transfer-encoding" in request.headers:
-            self.unread = True  # how much comes, nobody knows
+            self.unread = True  # a body may follow, and nobody can tell where it ends
             raise HTTPError(411, "a request with a body needs a Content-Length")
         if not re.fullmatch("[0-9]+", length):
             raise HTTPError(400, "Content-Length must be a number")
@@ -4056,7 +4108,7 @@ class HTTPHandler:
             self.connection.put(Response(100).encode(whole=False))
         size = int(length)
         body = bytearray(self.buffer)
-        self._move(READING)
+        self._move(READING)  # the deadline holds for the body, too
         while len(body) < size:
             self.connection.flush()
             if not (data := self.connection.read(_FULL_READ)):
@@ -4074,19 +4126,19 @@ class HTTPHandler:
         for channel, _ in messages:
             if not request.key.may_write(channel):
                 raise HTTPError(403, f"the token may not write the channel {_shown(channel)}")
-        # What waits for its rate when the server stops is published at once, not refused.
+        # Before the wait: what waits for its rate when the server stops is published, not refused.
         if self.server.stopping.is_set():
             raise HTTPError(503, "the server is shutting down", "shutting_down")
         cost = sum(1 + (len(data) >> 14) for _, data in messages)
         if (delay := connection.rate.take(cost)) > self.timeout:
-            connection.rate.take(-cost)
+            connection.rate.take(-cost)  # gives it back: nothing is published
             raise HTTPError(429, f"at MAX_MESSAGE_RATE this would take {delay:.0f} seconds, and a "
                             f"request may take {self.timeout:g}", headers=_RETRY)
         if delay:
             connection.pause(delay)
             if request.key.expired:
                 raise HTTPError(401, "the token has expired")
-        # Behind that wait, in which others may have taken the room.
+        # After that wait, during which others may have taken the room.
         if not self.server.log.wait_for_room(connection, _UNAVAILABLE_TIME):
             if self.server.stopping.is_set():
                 raise HTTPError(503, "the server is shutting down", "shutting_down")
@@ -4143,9 +4195,10 @@ class HTTPHandler:
         # Returns whether another request may follow. A body that nobody read would be taken for it.
         going_on = bool(request and request.keeps_alive and not request.wants_upgrade
                         and not self.unread and not response.subscriber)
-        # Behind its own headers those of CORS, but for a Vary: its own names what theirs does.
+        # Its own headers come first, and its own Vary replaces that of CORS: it names Origin, too.
         headers = {**response.headers, **self.cors, **response.headers}
         if not going_on:
+            # Upgrade is for one hop only, which Connection has to say (RFC 9110, section 7.8).
             headers["Connection"] = "Upgrade, close" if "Upgrade" in headers else "close"
         self.connection.put(response._replace(headers=headers).encode(
             whole=not response.subscriber,
@@ -4154,7 +4207,8 @@ class HTTPHandler:
         return going_on
 
     def _subscribe(self, response: Response, subscriber: Subscriber) -> Subscriber:
-        # Counted first: from the move on, anybody may end it, and then it must be found there.
+        # Counted before it moves: from then on any thread may end it, and Admission.leave() must
+        # find it among the subscribed.
         self.server.admission.subscribe(self.connection)
         headers = {**response.headers, **self.cors}
         self._move(SUBSCRIBED, response._replace(headers=headers).encode(whole=False), subscriber)
@@ -4162,9 +4216,10 @@ class HTTPHandler:
 
 
 # ---------------------------------------------------------------------------------------- endpoints
-# First what finds out who asks, then functions from a request to a response. The table ENDPOINTS at
-# the end says which of them a path leads to, and what token it takes; that is checked before it is
-# called. They read a body and publish through the handler, and raise HTTPError.
+# First what finds out who asks, then functions from a request to a response, the endpoints. The
+# table ENDPOINTS at the end says which of them a path and a method lead to, and what token that
+# takes; HTTPHandler._answer() checks the token, then calls the endpoint. Endpoints read a body and
+# publish through the handler, and raise HTTPError.
 
 MAX_MESSAGES = 10_000  # in the list of one request
 _UNIX_PEER = "unix"  # stands for the address of whoever comes over a Unix socket
@@ -4172,7 +4227,7 @@ _UNIX_PEER = "unix"  # stands for the address of whoever comes over a Unix socke
 
 @functools.lru_cache  # each connection asks twice, and to find out takes 5 us
 def is_loopback(address: str) -> bool:
-    """Whether an IP address is this machine's own (127.0.0.0/8, ::1, the first written as IPv6).
+    """Whether an IP address is this machine's own (127.0.0.0/8, also written as IPv6, or ::1).
 
     Who comes over a Unix socket is on this machine as well.
     """
@@ -4193,7 +4248,8 @@ def _parse_address(address: str) -> ipaddress.IPv4Address | ipaddress.IPv6Addres
 def client_address(request: Request, peer: str) -> str:
     """Find out whose request this is: the peer's, or the client's that a local proxy names.
 
-    Only the last address counts. The proxy added that one; what stands before came to it.
+    Only the last address counts: the proxy itself has added it. What stands before that was sent to
+    the proxy, and may be made up.
     """
     if is_loopback(peer) and "x-forwarded-for" in request.headers:
         last = request.headers["x-forwarded-for"].rpartition(",")[2].strip()
@@ -4219,6 +4275,7 @@ def check_origin(settings: Settings, request: Request) -> str:
         return "*"
     if origin is None:
         return ""
+    # "-" where there is no Host: "" is what this leaves of the origin "null" (a sandboxed page).
     same = origin.lower().partition("://")[2] == request.headers.get("host", "-").lower()
     if not same and not (isinstance(allowed, tuple) and origin.lower() in allowed):
         raise HTTPError(403, f"the origin {_shown(origin)} is not allowed (CHECK_ORIGIN)", "origin")
@@ -4232,7 +4289,8 @@ def authorize(handler: HTTPHandler, request: Request) -> AccessKey:
         check_local(request)
     tokens = [re.sub("(?i)^bearer +", "", request.headers.get("authorization", ""))]
     tokens += request.query.get("auth", [])[:1]
-    # Not the error itself, whose traceback leads to here: a cycle that would hold the connection.
+    # What the first bad token was refused for is kept as text. The error itself would make a cycle,
+    # for its traceback holds this frame, and keep the connection in memory.
     reason, retry_after = "a token is needed: Authorization: Bearer TOKEN, or ?auth=TOKEN", 0
     for number, token in enumerate(filter(None, tokens)):
         try:
@@ -4249,8 +4307,8 @@ def check_local(request: Request) -> None:
     """Refuse what may come from elsewhere, while anybody can make a token.
 
     A page of another site runs in a browser on this machine: it shows itself by its Origin, or, if
-    it made its own name point here (DNS rebinding), by the Host that it asks for. A proxy on this
-    machine brings whoever asks it.
+    it made its own name point here (DNS rebinding), by the Host that it asks for. What a proxy on
+    this machine brings may be anybody's.
     """
     if any(name in ("forwarded", "via", "x-real-ip") or name.startswith("x-forwarded-")
            for name in request.headers):
@@ -4314,7 +4372,7 @@ def tell_history(handler: HTTPHandler, request: Request) -> Response:
         past = Past(0, True)
     entries, position, complete = handler.server.log.read(
         names, past, handler.server.settings.max_queue_size)
-    complete = complete or "since" not in request.query
+    complete = complete or "since" not in request.query  # nothing was asked for that could be gone
     return Response(200, b'{"messages":[%b],"id":"%b","complete":%b}\n' % (
         b",".join(encode_entries(entries)), encode_id(position).encode(),
         b"true" if complete else b"false"), {**_JSON, "Cache-Control": "no-store"})
@@ -4372,6 +4430,7 @@ def tell_info(handler: HTTPHandler, request: Request) -> Response:
     server = handler.server
     totals = server.metrics.totals()
     settings = {field.name: getattr(server.settings, field.name)
+                # `repr` is false for what may hold a secret.
                 for field in dataclasses.fields(Settings) if field.repr and field.name != "port"}
     return respond_json({
         "version": __version__, "python": platform.python_version(),
@@ -4394,7 +4453,7 @@ def tell_metrics(handler: HTTPHandler, request: Request) -> Response:
 
 
 def tell_file(request: Request, kind: str, text: bytes, headers: Mapping[str, str]) -> Response:
-    """Answer with a text, or that what the client has of it is still right (RFC 9110, 13.1.2)."""
+    """Answer with a text, or with 304 where the client has just this (RFC 9110, 13.1.2)."""
     etag = f'"{hashlib.sha256(text).hexdigest()[:32]}"'
     headers = {"ETag": etag, "Cache-Control": "no-cache", "X-Content-Type-Options": "nosniff",
                "Referrer-Policy": "no-referrer", **headers}
@@ -4411,7 +4470,7 @@ def tell_script(handler: HTTPHandler, request: Request) -> Response:
 
 
 def show_console(handler: HTTPHandler, request: Request) -> Response:
-    """GET /: the console for a browser; others are told that they want a WebSocket."""
+    """GET /: the console for a browser; others are told to open a WebSocket."""
     if "text/html" not in request.headers.get("accept", "").lower():
         raise HTTPError(426, "this is a WebSocket server", headers=_UPGRADE)
     if not handler.server.settings.console:
@@ -4425,6 +4484,8 @@ def show_console(handler: HTTPHandler, request: Request) -> Response:
 
 @functools.cache
 def _make_console(is_open: bool) -> tuple[bytes, str]:
+    # `is_open`: whether the empty secret signs tokens that are good here; the page offers to make
+    # one then.
     script, style = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
                      for text in (_CONSOLE_SCRIPT, _CONSOLE_STYLE))
     page = _CONSOLE_PAGE.replace("STYLE", _CONSOLE_STYLE, 1).replace("SCRIPT", _CONSOLE_SCRIPT, 1)
@@ -4440,11 +4501,11 @@ class Endpoint(NamedTuple):
     """A function from a request to a response, and what it asks of the request."""
 
     answer: Callable[[HTTPHandler, Request], Response]
-    right: str = ""  # "token" for any good token, "api" for one with the claim api
+    right: str = ""  # "" for anybody, "token" for any good token, "api" for one with the claim api
     parameters: tuple[str, ...] = ()  # of the query, beside `auth`
 
     def check_parameters(self, request: Request) -> None:
-        """Refuse a parameter that means nothing here: most likely it was meant to."""
+        """Refuse a parameter that has no meaning here: most likely it is a mistake."""
         for name in request.query:
             if name not in self.parameters and name != "auth":
                 known = ", ".join([*self.parameters, "auth"])
@@ -4485,7 +4546,8 @@ class Admission:
         # All others, by address, the oldest first; they are counted against max_pending.
         self.pending: dict[str, dict[Connection, None]] = {}
         self.pending_count = 0
-        self.gone: collections.Counter[str] = collections.Counter()  # what those counted
+        # What connections that are gone have counted; and of all, how many were ever subscribed.
+        self.gone: collections.Counter[str] = collections.Counter()
 
     def admit(self, connection: Connection) -> None:
         """Take in a newcomer; where there is no room, the oldest pending one has to go."""
@@ -4558,8 +4620,9 @@ class Admission:
 
     def _add_pending(self, connection: Connection) -> Connection | None:
         # Returns the one that has to go for it: of the address that has most, so that one client
-        # cannot keep out all others. It is counted until its thread ends; the next to go is
-        # another. The caller ends it without the lock, for that writes to its socket.
+        # cannot keep out all others. The one that goes is counted until its thread ends; it becomes
+        # the youngest, so that the next to go is another. The caller ends it without the lock, for
+        # that writes to its socket.
         self.pending.setdefault(connection.address, {})[connection] = None
         self.pending_count += 1
         if self.pending_count <= self.settings.max_pending:
@@ -4646,7 +4709,7 @@ class Metrics:
         totals.update(self.log.totals())
         totals["log_lines_lost"] = BackgroundHandler.lost
         with self.lock:
-            return totals + self.events
+            return totals + self.events  # drops what is 0, which a Counter gives all the same
 
     def render(self) -> str:
         """Describe it in Prometheus' text format, version 0.0.4."""
@@ -4666,7 +4729,7 @@ class Metrics:
 
 
 class BackgroundHandler(logging.handlers.QueueHandler):
-    """Writes the log in a thread of its own: where nobody reads it, nobody waits for that.
+    """Writes the log in a thread of its own: if nobody reads standard error, no other thread waits.
 
     Lines that find no place among the 1,000 that wait are lost, and counted.
     """
@@ -4737,6 +4800,9 @@ class _Stopped(Exception):
 class Server(socketserver.ThreadingTCPServer):
     """A Philote server. As a context manager it serves from its own threads until the block ends.
 
+        with Server(Settings(port=0)) as server:
+            print(server.port)
+
     It listens from the start: raises OSError where it cannot, SettingsError where it cannot use
     what the settings name, ImportError and PhiloteError where a package for that is missing. With
     a `listener`, a socket that listens already, it serves on that. `is_over` ends the wait for a
@@ -4759,7 +4825,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.stopping = threading.Event()
         self.stopped = threading.Event()
         self.failure: BaseException | None = None
-        self.on_failure: Callable[[], None] = lambda: None
+        self.on_failure: Callable[[], None] = lambda: None  # what fail() calls, too
         self.log = make_log(settings)
         self.log.end_own, self.log.stopping = self.end_connections, self.stopping
         self.admission = Admission(settings, self.stopping)
@@ -4786,7 +4852,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.log.close()
             raise
         self.poller = Poller(self.fail)
-        # A descriptor to refuse with when there is none. The accepting thread's, then stop()'s.
+        # Let go of to refuse a newcomer if no other is left. The accepting thread's, then stop()'s.
         self.reserve: int | None = os.open(os.devnull, os.O_RDONLY)
         self.socket.setblocking(False)
         self.acceptor = threading.Thread(target=self._accept, name="philote-accept", daemon=True)
@@ -4869,7 +4935,9 @@ class Server(socketserver.ThreadingTCPServer):
             raise SettingsError("; ".join(errors))
         return " and ".join(done) or "there is nothing to read"
 
-    # The accepting thread. What socketserver calls a request is a connection.
+    # The accepting thread. What socketserver calls a request is a connection. Its serve_forever()
+    # waits for a newcomer, half a second at most; if there is one, it calls get_request() and then
+    # process_request(); and in each round service_actions().
 
     def _accept(self) -> None:
         try:
@@ -4886,14 +4954,16 @@ class Server(socketserver.ThreadingTCPServer):
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection; out of descriptors, refuse it."""
-        if self.stopping.is_set():  # the newcomer is the next server's, who gets the same socket
+        if self.stopping.is_set():  # with a `listener`, the newcomer is for the next server on it
             raise _Stopped
         sock = None
         try:
             sock, address = super().get_request()
-            if not os.get_blocking(sock.fileno()):  # on macOS, they have it from the listening one
+            # On macOS a new socket does not block where the listening one does not. It is asked
+            # first: setblocking() would let go of the interpreter's lock, see process_request().
+            if not os.get_blocking(sock.fileno()):
                 sock.setblocking(True)
-            # Who comes over a Unix socket may have given his own end any name.
+            # A client of a Unix socket may have given its own end any name.
             name = (_UNIX_PEER if self.address_family == socket.AF_UNIX else
                     address[0].removeprefix("::ffff:"))
             return Connection(self, sock, name), address
@@ -4915,7 +4985,7 @@ class Server(socketserver.ThreadingTCPServer):
         behind all others that have work. So it accepts first, and gives them work then.
         """
         newcomers: list[Connection] = [request]
-        # The next get_request() meets it again.
+        # Whatever ends this, the next get_request() meets it again, and sees to it.
         with contextlib.suppress(OSError, MemoryError, _Stopped):
             while len(newcomers) < _MOST_NEWCOMERS:
                 newcomers.append(self.get_request()[0])
@@ -4999,10 +5069,12 @@ class Server(socketserver.ThreadingTCPServer):
             self._end_connection(connection)
 
     def _end_connection(self, connection: Connection) -> None:
-        # Whatever raises here, even for want of memory: what comes behind it is done.
+        # Whatever raises here, even for want of memory, all that follows is done.
         try:
-            if isinstance(connection.handler, Subscriber):  # once more: who ended it may have been
-                connection.handler.leave()  # faster than its own thread, which joined behind that
+            # It may have left already. But whoever ended it may have been faster than its own
+            # thread, which then joined channels after that.
+            if isinstance(connection.handler, Subscriber):
+                connection.handler.leave()
             connection.finish()
             connection.drain()
         finally:
@@ -5013,7 +5085,8 @@ class Server(socketserver.ThreadingTCPServer):
                     self.poller.forget(connection)
                 finally:
                     self.admission.remove(connection)
-                    if self.switch_interval:  # where thousands end, nobody may read any more
+                    # Where thousands end at once, there may be nobody left who reads, and looks.
+                    if self.switch_interval:
                         self.switch_interval.count_read()
 
     def take_turn(self, size: int) -> contextlib.AbstractContextManager[Any]:
@@ -5043,7 +5116,7 @@ class Server(socketserver.ThreadingTCPServer):
         first call's end.
         """
         timeout = self.settings.shutdown_timeout if timeout is None else timeout
-        with self.admission.lock:
+        with self.admission.lock:  # Admission.subscribe() lets nobody in after this
             first = not self.stopping.is_set()
             self.stopping.set()  # from now on, what a subscriber sends is dropped
         if not first:
@@ -5059,7 +5132,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.stopped.set()
 
     def _stop_listening(self) -> None:
-        if not self.listener:  # which may serve the next one, and would serve nobody any more
+        if not self.listener:  # one that was given may be the next server's, too, and has to live
             with contextlib.suppress(OSError):  # on Linux this wakes the accepting thread at once
                 self.socket.shutdown(socket.SHUT_RDWR)
         if self.acceptor.is_alive():
@@ -5067,7 +5140,8 @@ class Server(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def _end_connections(self, deadline: float, time_to_cut: float) -> None:
-        # Each step takes as long as there is anything to wait for, and time:
+        # Each step takes as long as there is anything to wait for and time is left. `time_to_cut`
+        # is what the last one has for itself:
         #
         # 1. Threads finish what they had read: requests are answered, messages are published.
         # 2. These messages come back from the log; only then are they in the queues.
@@ -5129,7 +5203,7 @@ def _load_certificate(settings: Settings) -> ssl.SSLContext | None:
     context.options |= ssl.OP_NO_RENEGOTIATION
     context.set_alpn_protocols(["http/1.1"])
     names = {name: getattr(settings, name.lower()) for name in ("TLS_CERT", "TLS_KEY")}
-    for name, path in names.items():
+    for name, path in names.items():  # load_cert_chain() would not say which it cannot read
         try:
             open(path or settings.tls_cert, "rb").close()
         except (OSError, ValueError) as error:  # the latter for a NUL in it
