@@ -2642,7 +2642,8 @@ _MOST_ENTRIES, _MOST_BYTES = 500, 1 << 20  # that are appended, or read, at a ti
 _MOST_TRIMMED = 100_000  # entries that are cut off at a heartbeat: more than come between two, and
 #                          20 ms of work for Redis. Without a LIMIT it would stop at 10,000, and
 #                          while more than that came, the stream would only grow.
-_LARGEST_IN_REDIS = 1 << 28  # bytes of a message; Redis refuses twice that (proto-max-bulk-len)
+_LARGEST_IN_REDIS = 1 << 27  # bytes of a message. Encoded anew it may have 3.8 times as many, as
+#                              1e15 becomes 1000000000000000.0; Redis refuses four times as many.
 _MOST_SERVERS = 1000  # with more, those that were not heard of for a day are forgotten
 
 EntryID = tuple[int, int]  # of the stream: milliseconds and a counter
@@ -2718,9 +2719,14 @@ class Outbox:
         self.closing = threading.Event()
 
     def put(self, entry: Outgoing) -> None:
-        """Let an entry be appended."""
-        with self.changed:
-            self._put(entry)
+        """Give an entry the next number, and let it be appended."""
+        with self.changed:  # take_back(), which holds it, takes it once more: it is an RLock
+            self.last_number += 1
+            entry.number, entry.sent = self.last_number, 0
+            self.entries.append(entry)
+            self.unsent.append(entry)
+            self.size += entry.size
+            self.changed.notify()
 
     def take(self, seconds: float) -> list[Outgoing]:
         """Take entries to send them; where there are none, wait for so many seconds at most."""
@@ -2758,7 +2764,7 @@ class Outbox:
                 self.size -= lost[-1].size
             found = lost.pop() if lost and lost[-1].number == number else None
             for entry in lost:
-                self._put(entry)
+                self.put(entry)
             if lost:
                 self.unsent = collections.deque(e for e in self.entries if not e.sent)
             return found
@@ -2778,14 +2784,6 @@ class Outbox:
         """How long the oldest entry has waited, in seconds."""
         with self.changed:
             return time.monotonic() - self.entries[0].born if self.entries else 0.0
-
-    def _put(self, entry: Outgoing) -> None:
-        self.last_number += 1
-        entry.number, entry.sent = self.last_number, 0
-        self.entries.append(entry)
-        self.unsent.append(entry)
-        self.size += entry.size
-        self.changed.notify()
 
 
 class RedisLog(Log):
@@ -2883,11 +2881,10 @@ class RedisLog(Log):
             self._execute(connection, ("XLEN", self.key))
         except (self.redis.RedisError, OSError) as error:
             self._fail(error)
-            raise self.fatal or PhiloteError(self.failure) from None
         finally:
             connection.disconnect()
-        if self.fatal:
-            raise self.fatal
+        if self.fatal or self.failure:
+            raise self.fatal or PhiloteError(self.failure)
 
     def publish(self, batch: Batch) -> None:
         """Let messages be appended; who wants to know is told when they have come back."""
@@ -2916,7 +2913,7 @@ class RedisLog(Log):
         while self.outbox.size >= _OUTBOX_SIZE:
             if time.monotonic() >= end or connection.state is CLOSING or self.stopping.is_set():
                 return False
-            connection.pause(min(0.05, seconds))
+            connection.pause(0.05)
         return True
 
     def wait_until(self, position: int) -> None:
@@ -3051,7 +3048,7 @@ class RedisLog(Log):
             first, self.failure = not self.failure, f"Redis at {self.address}: {reason}"
             if first:
                 self.failed_at = time.monotonic()
-                self.heard_until = min(self.failed_at, self.at_end)
+                self.heard_until = self.at_end
         if first and not self.closing.is_set() and not self.fatal:
             log.error("%s; it is tried again until it works", self.failure)
 
@@ -3180,10 +3177,10 @@ class RedisLog(Log):
             about = self._execute(connection, ("INFO",)).decode(errors="replace")
         except self.redis.ResponseError:
             return  # a service that does not tell
-        version = re.search(r"^redis_version:(\d+)\.(\d+)", about, re.MULTILINE)
-        if version and (int(version[1]), int(version[2])) < (6, 2):
+        version = re.search(r"^redis_version:((\d+)\.(\d+))", about, re.MULTILINE)
+        if version and (int(version[2]), int(version[3])) < (6, 2):
             self.fatal = PhiloteError(
-                f"Redis at {self.address} is {version[0][14:]}; 6.2 or later is needed")
+                f"Redis at {self.address} is {version[1]}; 6.2 or later is needed")
         policy = re.search(r"^maxmemory_policy:(allkeys\S*)", about, re.MULTILINE)
         if policy:
             log.warning("Redis at %s may throw the log away (maxmemory-policy %s); set: "
@@ -4073,8 +4070,8 @@ class HTTPHandler:
             self.begun = bool(self.buffer)
             if self.begun:  # counted for the peer, a proxy perhaps, until its head names a client
                 self.server.admission.rename(self.connection, self.connection.peer)
-            if self.buffer and not re.match(_TOKEN + b"( |$)", self.buffer):
-                raise HTTPError(400, "this is not HTTP/1.1")
+                if not re.match(_TOKEN + b"( |$)", self.buffer):
+                    raise HTTPError(400, "this is not HTTP/1.1")
             head, is_whole, rest = self.buffer.partition(b"\r\n\r\n")
             if len(head) > MAX_HEAD_SIZE:
                 raise HTTPError(431, f"the head of a request may have {MAX_HEAD_SIZE} bytes")
@@ -4922,13 +4919,14 @@ class Server(socketserver.ThreadingTCPServer):
         errors, done = [], []
         try:
             self.tls = _load_certificate(self.settings)
-            done += ["read the certificate"] * bool(self.tls)
+            if self.tls:
+                done.append("read the certificate")
         except SettingsError as error:
             errors.append(str(error))
         try:
             self.keys.reload()
-            done += ["asked for the public keys" if self.keys.provider else "read the public keys"
-                     ] * bool(self.settings.public_keys)
+            if self.settings.public_keys:
+                done.append(("asked for" if self.keys.provider else "read") + " the public keys")
         except SettingsError as error:
             errors.append(str(error))
         if errors:

@@ -5068,6 +5068,18 @@ def test_what_is_under_way_keeps_the_numbers_that_it_was_taken_with():
     assert [entry.fields[5] for entry in outbox.take(0)] == [b"5"]
 
 
+@pytest.mark.parametrize("data", [
+    b"[" + b"1e15," * 10_000 + b"1]", b'["' + "é".encode() * 10_000 + b'\\ud800"]'])
+def test_a_message_of_the_size_allowed_with_redis_fits_in_there_however_it_is_written(data):
+    message = b'{"channel":"a","data":%b}' % data
+    encoded = philote.check_message(json.loads(message))[1].encode()
+    most = philote._LARGEST_IN_REDIS * len(encoded) / len(message)  # internal
+    assert most < 512 << 20, "proto-max-bulk-len"
+    with pytest.raises(philote.SettingsError, match="MAX_MESSAGE_SIZE: with REDIS_URL"):
+        philote.make_log(philote.Settings(
+            redis_url="redis://127.0.0.1", max_message_size=philote._LARGEST_IN_REDIS + 1))
+
+
 def test_messages_that_may_be_lost_are_counted_right_in_a_channel_of_any_name():
     outbox = philote.Outbox()
     for name in b"a", b"message":
