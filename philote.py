@@ -19,8 +19,11 @@ connection writes to a channel, every other connection that may read it receives
 A client that asks for it gets ids, which are positions in the server's log of all messages; one
 that comes back with its position first gets all that it missed.
 
-The way of a message. One thread walks all of it, that of the publisher's connection; nobody hands
-over to anybody. The sections of this file stand in the order of this way:
+This is a port of the Go server of the same name, `the original` below, whose clients it serves.
+
+The way of a message. The thread of the publisher's connection does every step, up to the sockets of
+the subscribers; no message is handed to another thread. The sections of this file stand in the same
+order:
 
     Transport.receive -> read_frames -> WebSocket.receive (JSON, the token's rights)
         -> Batch -> Log.append (id, History) -> Connection.put of each subscriber
@@ -34,25 +37,25 @@ goes on with what comes back:
 The threads, and what each may wait for:
 
     accept      Server.serve_forever. Waits for newcomers only; starts a thread for each.
-    connection  Server.run_connection. Waits for its own peer's bytes, and where a limit makes the
-                peer wait (Connection.pause), and for room for what it sends him of the past
-                (Connection.catch_up). With REDIS_URL also for Redis: where he publishes and it has
-                no room, and 5 or 10 seconds for what he asks of all servers. Never waits for
-                another peer: it writes to the sockets of all subscribers, but only what they take
-                at once.
+    connection  Server.run_connection. Waits for its own peer: for bytes, for room while it sends
+                the past (Connection.catch_up), and where a limit slows the peer down
+                (Connection.pause). Also up to 5 seconds for the keys of an identity provider, and
+                with REDIS_URL for Redis: where the peer publishes and Redis has no room, and 5 or
+                10 seconds for what the peer asks of all servers. Never waits for another peer: it
+                writes to the sockets of all subscribers, but only what they take at once.
     poller      Poller.run. Waits for sockets that were full and for points in time, for all
                 connections together.
-    append,     RedisLog, only with REDIS_URL. Each waits for Redis on a connection of its own.
-    read
+    append,     RedisLog, only with REDIS_URL. Each waits for Redis on a connection of its own. What
+    read        another server asks to be ended, a short thread ends (RedisLog._end_own).
     main        `philote serve` waits for a signal there, then calls Server.stop.
     log         BackgroundHandler: the only thread that waits for standard error.
     keys        Provider._run, while it fetches the keys of an identity provider.
 
-The client shares no state with the server. It has threads and locks of its own; see there.
+The class Client shares no state with the server. Its section describes its own threads and locks.
 
 The locks, in the order in which they may be taken while another is held:
 
-    Server.turn      held by a thread that works on much input, see WebSocket.read_messages
+    Server.turn      held by a thread that works on much input, see Server.take_turn
     Admission.lock   which connections there are, how many, what the gone ones counted
     Log.lock         the order of all messages, their history, who has joined what. No system call
                      is made under it
@@ -71,8 +74,9 @@ What the server promises, and where each promise is kept:
     one order       A message gets its id and enters the queues of all its subscribers under
                     Log.lock (Log.append), and a queue is written first in, first out.
     all messages,   A queue over its limit ends its connection (Connection.flush, Subscriber.
-    or an end       on_overflow): nobody stays connected who missed a message. Who comes back joins
-                    under the same lock behind the last message of the past (Log.replay).
+    or an end       on_overflow): nobody stays connected who missed a message. A client that
+                    comes back is sent the past, and joins its channels under the same lock as the
+                    last piece of that is queued: nothing falls between (Log.replay).
     nobody waits    A publisher writes to a socket only what that takes at once (Transport.send);
     for another     the rest is the poller's work (Connection.resume).
 
@@ -204,7 +208,8 @@ def _parse_origins(text: str) -> bool | tuple[str, ...]:
     with contextlib.suppress(ValueError):
         return _parse_boolean(text)
     origins = tuple(origin.strip().lower() for origin in text.split(","))
-    # Just as browsers send it (RFC 6454, section 6): in ASCII, and without the usual port.
+    # As browsers write an Origin (RFC 6454, section 6): in ASCII, without a path, and without the
+    # port where it is the scheme's own.
     pattern = r"(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://[^\s/?#@*]+"
     if not text.isascii() or not all(re.fullmatch(pattern, origin) for origin in origins):
         raise ValueError
@@ -212,14 +217,16 @@ def _parse_origins(text: str) -> bool | tuple[str, ...]:
 
 
 def _parse_host(text: str) -> str:
-    if text.startswith(_UNIX) and not 0 < len(os.fsencode(text)) - len(_UNIX) <= 107:  # unix(7)
+    # The system has 108 bytes for the path, and the last is a NUL (unix(7)).
+    if text.startswith(_UNIX) and not 0 < len(os.fsencode(text)) - len(_UNIX) <= 107:
         raise ValueError
     return text
 
 
 def _parse_secret(text: str) -> str:
     with contextlib.suppress(jwt.PyJWTError):
-        jwt.encode({}, _signing_key(text), algorithm="HS256")  # refuses keys and certificates (PEM)
+        # Only because PyJWT checks the key: it refuses public keys and certificates in PEM.
+        jwt.encode({}, _signing_key(text), algorithm="HS256")
         is_jwk = text.lstrip().startswith("{") and '"kty"' in text  # RFC 7517, section 4
         if not is_jwk and not _is_bare_key(text):
             return text
@@ -233,9 +240,13 @@ def _parse_redis_url(text: str) -> str:
 
 
 def _is_bare_key(text: str) -> bool:
-    # A public key or a certificate as identity providers show it, PEM without its first and last
-    # line: in base64 a sequence of just this length (X.690, DER) that begins with another, or for
-    # RSA with a large number. Who takes one for a SECRET makes a secret of what everybody knows.
+    # Whether this is a public key or a certificate as identity providers show it: PEM without its
+    # first and last line. As a SECRET it would be one that everybody knows.
+    #
+    # What remains of PEM is base64 of DER (X.690): a SEQUENCE, whose tag is 0x30 or "0" in ASCII;
+    # then its length, in one byte up to 127, else in one byte behind 0x81 or two behind 0x82; and
+    # just so many bytes, which begin with another SEQUENCE or, for RSA, with an INTEGER (0x02) of
+    # 128 bytes or more.
     try:
         data = base64.b64decode("".join(text.replace("\\n", "").split()), validate=True)
     except ValueError:
@@ -246,7 +257,8 @@ def _is_bare_key(text: str) -> bool:
 
 
 def _parse_file(text: str) -> str:
-    if "-----BEGIN" in text or not re.fullmatch("[^\0\n]*", text):  # what should be in a file
+    # Somebody may have put here what should be in the file.
+    if "-----BEGIN" in text or not re.fullmatch("[^\0\n]*", text):
         raise ValueError
     return text
 
@@ -255,6 +267,7 @@ def _parse_keys(text: str) -> str:
     if "://" in text:
         url = urllib.parse.urlsplit(text)
         is_safe = url.scheme == "https" or url.scheme == "http" and is_local_name(url.netloc)
+        # No user:password@, which urllib would take for a part of the host's name.
         if (not is_safe or not re.fullmatch("[!-~]+", text) or "@" in url.netloc
                 or not url.hostname or url.port == 0):
             raise ValueError
@@ -283,6 +296,7 @@ _ORIGINS = _parse_origins, "true, false, or a list of origins such as https://ex
 
 
 def _setting(default: Any, kind: Kind, meaning: str, shown: bool = True) -> Any:
+    # Not `shown` is what may hold a secret: repr(), /api/info and `philote check` leave it out.
     return dataclasses.field(default=default, repr=shown, metadata={
         "parse": kind[0], "allowed": kind[1], "meaning": meaning})
 
@@ -366,7 +380,7 @@ class Settings:
 
     @property
     def max_pending(self) -> int:
-        """How many connections may be without a finished handshake, or closing, at a time."""
+        """How many connections may be anything but subscribers at a time, see Admission."""
         return max(64, self.max_connections)
 
 
@@ -386,30 +400,32 @@ def _not_allowed(name: str, value: str, allowed: str) -> str:
 #       '--- {"alg": "HS256"}, with a "kid" where one of several keys is meant
 #
 # All of it is the client's word until the signature is verified, the name of the algorithm too. So
-# this only selects among the keys that we have for it (Keyring), and each key is for the algorithms
-# of its own kind. PyJWT verifies the signature and the times; what a claim must look like that it
-# does not check, is checked behind it. A token is looked at once for each request: what it allows
-# is an AccessKey by then. A subscriber keeps that, and its end is a deadline of the connection.
+# that name only selects among the keys that the server has (Keyring), and each key is for the
+# algorithms of its own kind. PyJWT verifies the signature and the times; then _access_key() checks
+# the form of those claims that PyJWT takes as they are. A token is decoded once for each request,
+# into an AccessKey. A subscriber keeps that, and is disconnected when it expires.
 
 MAX_TOKEN_SIZE = 8192  # bytes; a longer one is refused before any work is spent on it
-_END_OF_TIME = 253402300799  # the year 9999; a number far larger would fit no clock
+_END_OF_TIME = 253402300799  # the end of the year 9999; a far larger integer fits no float
 _HMAC = "HS256", "HS384", "HS512"
 _HMAC_LENGTHS = 43, 64, 86  # characters of their signatures
 _RSA = "RS256", "RS384", "RS512", "PS256", "PS384", "PS512"
 _CURVES = {"secp256r1": ("ES256",), "secp384r1": ("ES384",), "secp521r1": ("ES512",)}
 _PUBLIC = *_RSA, "ES256", "ES384", "ES512", "EdDSA"
-_Wait = Callable[[float, threading.Event], Any]  # for so many seconds, or until the event
-_FETCH_TIME = 5  # seconds that a token waits for an identity provider to tell its keys
-_LONGEST_FETCH = 60  # seconds, after which one that a provider draws out is left alone
-_FETCH_PAUSE = 60  # seconds between two fetches
-_KEYS_TIME = 300  # seconds after which keys are fetched again, though each token's is among them
+_Wait = Callable[[float, threading.Event], Any]  # waits so many seconds, or until the event is set
+# A fetch asks an identity provider for its keys. All times are in seconds.
+_FETCH_TIME = 5  # that a token waits for one; also its timeout for each wait, and for the body
+_LONGEST_FETCH = 60  # after which another may begin, though the provider draws this one out
+_FETCH_PAUSE = 60  # from the beginning of one to that of the next
+_KEYS_TIME = 300  # after which there is another, though the keys of all tokens are known
 _MAX_KEYS_SIZE = 1 << 20  # bytes
 
 
 class TokenError(Exception):
     """A token that lets nobody in; its text says why.
 
-    Where `retry_after` is not 0, nobody can say before so many seconds whether it is good.
+    Where `retry_after` is not 0, the token may be good: its key cannot be looked up now, but may be
+    known after so many seconds.
     """
 
     def __init__(self, reason: str, retry_after: int = 0) -> None:
@@ -494,14 +510,15 @@ class Key(NamedTuple):
 
 class _PreparedHMAC(jwt.algorithms.HMACAlgorithm):
     def prepare_key(self, key: Any) -> Any:
-        """Take what _Secret has prepared."""
+        """Return the key: _Secret has checked it once, PyJWT's own method would at each token."""
         return key
 
 
 class _Secret(jwt.PyJWK):
     """A secret for one algorithm. Raises SettingsError for a public key, a certificate or a JWK.
 
-    Where PyJWT is given bare bytes it looks for these at each token, for half of all its time.
+    Where PyJWT is given bare bytes it looks for these at each token, for half of all its time. A
+    PyJWK it takes as it is: so this has the three attributes that PyJWT reads, made of no JWK.
     """
 
     def __init__(self, secret: str, name: str) -> None:
@@ -514,7 +531,8 @@ class _Secret(jwt.PyJWK):
 
 
 def _public_key(key: Any) -> Key:
-    # By its own kind; keys that are too weak, private or secret are for no algorithm.
+    # The algorithms follow from the kind of the key alone, never from what comes with it. A key
+    # that is too weak, private or secret is for none.
     from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 
     if isinstance(key, rsa.RSAPublicKey):
@@ -558,23 +576,24 @@ def read_public_keys(path: str) -> list[Key]:
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
-        """Refuse: it may lead to where there is no TLS."""
+        """Return no request, so urllib raises HTTPError: it may lead to where there is no TLS."""
 
 
 class Provider:
-    """An identity provider, who tells its public keys as a JWKS (RFC 7517, section 5).
+    """An identity provider, which publishes its public keys as a JWKS (RFC 7517, section 5).
 
-    PyJWT has a client for that, but there all tokens wait for a fetch, and are refused while the
-    provider is away, which is asked for each of them then. Here a thread of its own fetches, at
-    most once in _FETCH_PAUSE. Who shows a key that is not known waits for that, and nobody else
-    does. What was fetched before is good until the next is there.
+    PyJWT has a client for that. But with it all tokens wait while keys are fetched; and while the
+    provider is away, all are refused, and each of them makes another fetch. Here a thread of its
+    own fetches, at most once in _FETCH_PAUSE. Only a token whose key is not known waits for that.
+    Keys that were fetched before are good until the next ones are there.
     """
 
     def __init__(self, url: str) -> None:
         self.url, self.name = url, url.partition("?")[0]  # what follows may be secret
         self.keys: dict[str, Key] = {}  # by id; replaced as a whole
         self.problem = ""  # why the last fetch brought no keys
-        # Guards each change of the next four; who can live with an older value reads without it.
+        # Guards each change of the next four. Where an older value does no harm, they are read
+        # without it.
         self.lock = threading.Lock()
         self.under_way: threading.Event | None = None  # a fetch, set at its end
         self.begun = -math.inf  # when it began; these are points of the monotonic clock
@@ -583,7 +602,8 @@ class Provider:
 
     def find(self, kid: str, wait: _Wait) -> Key:
         """Find a key by its id. Raises TokenError."""
-        # The time before the keys: they change first, so these are at least as new as it says.
+        # The time is read before the keys, and _run() writes it behind them: so the keys that are
+        # read are at least as new as the time says.
         now, fetched = time.monotonic(), self.fetched
         key = self.keys.get(kid)
         # Also for a key that is known: the provider may have taken it back.
@@ -605,13 +625,14 @@ class Provider:
     def fetch(self, now: float, due: float = -math.inf) -> threading.Event | None:
         """Begin to fetch the keys if that is due; returns what is set at the end of a fetch."""
         with self.lock:
-            # The one that is under way: its timeout is for each wait for bytes, which a provider
-            # that sends the head of its answer byte by byte never exceeds.
+            # urllib's timeout is for each wait for bytes. A provider that sends the head of its
+            # answer byte by byte never exceeds that, and would be the last that was ever asked.
             given_up = now > self.begun + _LONGEST_FETCH
             if now >= max(due, self.due) and (given_up or not self.under_way):
                 self.begun, self.due = now, now + _FETCH_PAUSE
                 self.under_way = threading.Event()
                 try:
+                    # Why not threading.Thread, see Server._start_thread().
                     _thread.start_new_thread(self._run, (now, self.under_way))
                 except (RuntimeError, MemoryError):  # no more threads
                     self.under_way = None
@@ -640,7 +661,8 @@ class Provider:
             under_way.set()
 
     def _fetch(self) -> bytearray:
-        # A proxy has a localhost of its own, and what it tells in plain text may be anybody's.
+        # http:// is allowed for this machine alone, see _parse_keys(). A proxy (HTTP_PROXY) would
+        # ask its own localhost, and its answer could come from anybody.
         direct = [urllib.request.ProxyHandler({})] if self.url.lower().startswith("http:") else []
         opener, body = urllib.request.build_opener(_NoRedirects, *direct), bytearray()
         opener.addheaders = [("User-Agent", f"philote/{__version__}")]
@@ -674,8 +696,8 @@ def _read_key_set(text: bytearray) -> dict[str, Key]:
 class Keyring:
     """All that tokens may be signed with, by the settings. Raises SettingsError, ImportError.
 
-    Each key is for the algorithms of its own kind. A token only says which of them it was made by:
-    else the text of a public key, which everybody knows, could pass for a secret.
+    Each key is for the algorithms of its own kind, whatever algorithm a token names. Else anybody
+    could sign by HMAC, with the text of a public key for the secret (RFC 8725, section 2.1).
     """
 
     def __init__(self, settings: Settings) -> None:
@@ -689,12 +711,14 @@ class Keyring:
         secrets = [settings.secret, *filter(None, [settings.old_secret])]
         self.secrets = [Key(_Secret(secret, name), [name]) for secret in secrets
                         if secret or settings.protected for name in _HMAC]
-        # As a rule one secret is meant, and the length of a signature tells for which algorithm. To
-        # read the header first takes 11 us, and half of all the time where the token is long.
+        # Where there is one secret and nothing else, the length of a signature tells the algorithm,
+        # and so the key: the header need not be read first, which takes 11 us, and half of all the
+        # time where the token is long.
         self.usual = dict(zip(_HMAC_LENGTHS, self.secrets)) if (
             len(self.secrets) == len(_HMAC) and not settings.public_keys) else {}
-        # PyJWT refuses a token that has `aud` unless it is told which one to expect; the original's
-        # clients may send any of these claims, and they mean nothing here.
+        # PyJWT refuses a token that has `aud` unless it is told which one to expect. The original's
+        # clients may send any of these claims, with any value: so aud and iss are verified only
+        # where the settings name one, sub and jti never.
         self.verify: Callable[..., dict[str, Any]] = functools.partial(
             jwt.decode, audience=settings.audience or None, issuer=settings.issuer or None,
             options={"verify_aud": bool(settings.audience), "verify_iss": bool(settings.issuer),
@@ -741,7 +765,7 @@ class Keyring:
 
     def _verify(self, token: str, wait: _Wait) -> dict[str, Any]:
         if key := self.usual.get(len(token) - token.rfind(".") - 1):
-            with contextlib.suppress(jwt.InvalidAlgorithmError):
+            with contextlib.suppress(jwt.InvalidAlgorithmError):  # made by another algorithm
                 return self.verify(token, *key)
         for key in self._find_keys(jwt.get_unverified_header(token), wait):
             with contextlib.suppress(jwt.InvalidSignatureError):
@@ -785,12 +809,16 @@ def _channel_names(claims: dict[str, Any], name: str) -> Names:
 # JSON in, JSON out. These functions are pure.
 #
 # A message's data is decoded, to know that it is JSON, and encoded anew, once for all who receive
-# it. So nothing reaches another client just as its publisher wrote it: no key that came twice, of
-# which two parsers may take different ones, no NaN, and half of a surrogate pair only as an escape:
-# in UTF-8 it has no place, and would end the connection of each who reads it.
+# it. So nothing reaches another client just as its publisher wrote it. A key that came twice, of
+# which two parsers may take different values, goes out once. NaN is refused. Half of a surrogate
+# pair goes out as an escape: UTF-8 cannot hold it, and a frame with it would end the connection of
+# each client that reads it.
 
 class Refused(ValueError):
-    """A message or request that is dropped; its text says why, its code is for programs."""
+    """A message or request that is dropped; its text says why, its code is for programs.
+
+    The code is also the name of the counter in Connection.
+    """
 
     def __init__(self, reason: str, code: str = "bad_message") -> None:
         super().__init__(reason)
@@ -861,7 +889,7 @@ def check_message(value: Any) -> tuple[str, str]:
 
 
 def check_ref(ref: Any) -> str:
-    """Check what the answer to a message shall be known by. Raises Refused."""
+    """Check a message's `ref`, which the answer to it repeats. Raises Refused."""
     if type(ref) is not str or len(ref) > _MAX_REF_SIZE:
         raise Refused(f"ref must be a string of up to {_MAX_REF_SIZE} characters")
     return ref
@@ -894,7 +922,8 @@ def _quoted(text: str) -> str:
 # RFC 6455, section 5. What a client sends:
 #
 #     1 byte        1 byte          0, 2 or 8 bytes    4 bytes    `size` bytes
-#     FIN, opcode   1, short size   size               mask       payload, masked
+#     FIN, RSV,     MASK = 1,       size               masking    payload, masked
+#     opcode        short size                         key
 #
 # The short size is the size up to 125; 126 and 127 say that it stands behind, in 2 or 8 bytes. What
 # the server sends has no mask, so one encoded frame serves all subscribers.
@@ -934,9 +963,10 @@ def encode_frames(opcode: int, payloads: Iterable[bytes]) -> bytes:
     parts, first = list[bytes](), 0x80 | opcode
     for payload in payloads:
         size = len(payload)
-        parts += (bytes((first, size)) if size < 126
-                  else struct.pack("!BBH", first, 126, size) if size < 65536
-                  else struct.pack("!BBQ", first, 127, size)), payload
+        head = (bytes((first, size)) if size < 126
+                else struct.pack("!BBH", first, 126, size) if size < 65536
+                else struct.pack("!BBQ", first, 127, size))
+        parts += head, payload
     return b"".join(parts)
 
 
@@ -965,8 +995,8 @@ def unmask(mask: bytes, payload: bytes) -> bytes:
         size, "little")
 
 
-# By the 7 bits of the length field: the size of the head, mask included; the least size that may be
-# written so, for a size must be written in its shortest form.
+# By the short size: the size of the head, mask included; and the least size that may be written so,
+# for a size must be written in its shortest form.
 _HEAD_SIZE = [6] * 126 + [8, 14]
 _LEAST = [0] * 126 + [126, 65536]
 
@@ -981,7 +1011,8 @@ def _is_well_formed(first: int, second: int, size: int) -> bool:
 
 
 def _gather(part: bytes, size: int) -> Generator[None, bytes, bytes]:
-    # The bytes of a frame that came in part, at least `size`; more may have come with the last.
+    # A part of read_frames(): takes bytes until a frame that came in part is whole. Returns at
+    # least `size`; the last ones may have brought more than its end.
     buffer = bytearray(part)
     while len(buffer) < size:
         buffer += yield None
@@ -998,9 +1029,10 @@ class _Fragments:
     def add(self, first: int, payload: bytes) -> str | Frame:
         """Add a fragment; returns the message behind the last. Raises FrameError.
 
-        Those before it are returned as empty frames, for the peer is charged for them.
+        For those before it returns an empty frame, which the peer is charged for. `first` is the
+        first byte of the frame.
         """
-        if bool(first & 15) is bool(self.opcode):  # a beginning in the middle, or the reverse
+        if bool(first & 15) is bool(self.opcode):  # a message inside another, or a part of none
             raise FrameError(CloseReason.PROTOCOL_ERROR, "fragments out of order")
         self.opcode = self.opcode or first & 15
         self.payload += payload
@@ -1025,6 +1057,7 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
     what simple-websocket has to judge (all from a broken frame on, or one close frame), and None
     when it needs more bytes. Raises FrameError.
 
+        next() -> None         once, to begin
         send(bytes) -> item    next() -> item ... next() -> None: all is used up, send() again
     """
     # The frame under way begins at `at`, its payload at `body`; the four bytes before that are the
@@ -1041,14 +1074,15 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
         first, size = data[at], second & 0x7F
         if size >= 126:
             size = int.from_bytes(data[at + 2:body - 4], "big")
-        if not _is_well_formed(first, second, size):  # nothing behind it can be understood
+        # What follows a broken frame cannot be understood: all of it is the library's.
+        if not _is_well_formed(first, second, size):
             rest = data[at:]
             while True:
                 yield rest
                 rest = yield None
         if not first & 8 and len(fragments.payload) + size > max_message_size:
             raise FrameError(CloseReason.MESSAGE_TOO_BIG, "message too big")
-        start, at = at, body + size
+        start, at = at, body + size  # from here on, the frame is data[start:at]
         if at > len(data):
             data = yield from _gather(data[start:], at - start)
             start, body, at = 0, body - start, at - start
@@ -1068,13 +1102,13 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
 # Bytes to and from a socket. Here is the reason why a flood on one connection delays the others
 # little.
 #
-# Each call of a method of `socket` lets go of the interpreter's lock. A message to 200 subscribers
-# is 200 such calls, and after each of them a busy thread may keep the lock for a whole switch
-# interval: one client that sent pings without end raised the median of such a message from 0.7 to
-# 1,560 ms (CPython 3.11, interval 25 ms). But the calls wait for nothing, they take 3 us each. So
-# they are made without letting go, by ctypes.PyDLL. Then the median is 28 ms, and 2.6 with the
-# interval of 0.5 ms that SwitchInterval sets. Where there is no ctypes, the methods of `socket` do
-# the same work.
+# Each call of a method of `socket` lets go of the interpreter's lock (the GIL; a free-threaded
+# CPython has none). A message to 200 subscribers is 200 such calls, and after each of them another
+# busy thread may keep the lock for a whole switch interval: one client that sent pings without end
+# raised the median time of such a message from 0.7 to 1,560 ms (CPython 3.11, interval 25 ms). But
+# these calls never wait, and take 3 us each. So they are made without letting go, by ctypes.PyDLL.
+# Then the median is 28 ms, and 2.6 with the interval of 0.5 ms that SwitchInterval sets. Where
+# there is no ctypes, the methods of `socket` do the same work.
 
 _DONTWAIT = socket.MSG_DONTWAIT
 _BUFFERS_PER_WRITE = 64  # in one system call; every system has room for more (IOV_MAX is 1024)
@@ -1085,8 +1119,8 @@ _LARGE_READ = 4096  # bytes; who sends so much at a time takes turns, see Server
 try:
     import ctypes
 
-    # Without argtypes, which would cost 0.5 us for each call of 1.1: whole numbers are passed as
-    # C's int, and each platform widens that to what these functions expect.
+    # Without argtypes, which would take 0.5 us more where a call takes 1.1. So ctypes passes whole
+    # numbers as C's int, also the size, which is a size_t: each platform widens it as it needs.
     _send: Callable[..., int] = ctypes.PyDLL(None).send
     _recv: Callable[..., int] = ctypes.PyDLL(None).recv
     _make_buffer = functools.partial(ctypes.create_string_buffer, _FULL_READ)
@@ -1110,7 +1144,7 @@ class Transport:
     """
 
     __slots__ = ("sock", "descriptor")
-    owed = 0  # bytes that send() has begun to write, and wants to be given again
+    owed = 0  # bytes that send() has begun to write, and must be given again; only TLS owes any
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -1119,12 +1153,13 @@ class Transport:
     def wait(self) -> None:
         """Wait until there is something to read, or the end.
 
-        The bytes stay where they are: Connection.read() has to be `busy` before it takes them.
+        The bytes stay in the socket, to be taken by receive() when the connection is marked as
+        busy: why in this order, see Connection.read().
         """
         self.sock.recv(1, socket.MSG_PEEK)
 
     def receive(self, size: int) -> bytes | None:
-        """Read what has come, behind wait(); b"" is the end, and None that nothing has."""
+        """Read what has come, at most `size` bytes; b"" is the end, None that nothing has come."""
         if size <= _FULL_READ:
             try:
                 buffer = _buffers.pop()
@@ -1136,7 +1171,7 @@ class Transport:
             if count >= 0:
                 return data
         try:
-            return self.sock.recv(size, _DONTWAIT)  # which raises the error, if it lasts
+            return self.sock.recv(size, _DONTWAIT)  # again: _recv says no more of an error than -1
         except BlockingIOError:
             return None
 
@@ -1147,7 +1182,7 @@ class Transport:
             if sent >= 0:
                 return sent
         try:
-            return self.sock.send(data, _DONTWAIT)  # which raises the error, if it lasts
+            return self.sock.send(data, _DONTWAIT)  # as in receive()
         except BlockingIOError:
             return 0
 
@@ -1199,8 +1234,8 @@ class TLSTransport(Transport):
     Threads that share a TLS object corrupt its stream or wait for each other. So each call of it is
     made under one lock, and none of them waits: it reads and writes memory. What came is decrypted
     as a whole, so nothing is left that wait() would not see. What is sent is encrypted a piece at a
-    time, when the socket has taken the one before: what is queued for who does not read waits as
-    plain text, which all subscribers share, and is counted there.
+    time, when the socket has taken the one before. So what a peer does not read waits in the queue
+    of its connection: counted, and as plain text, of which all subscribers share one copy.
 
     What is encrypted cannot be taken back. A piece counts as sent once all of its record is
     written; until then the caller still has it, and begins each call with the same bytes:
@@ -1224,7 +1259,7 @@ class TLSTransport(Transport):
         self.owed = 0
 
     def receive(self, size: int) -> bytes | None:
-        """Read and decrypt what has come; None where that is not for us. Raises ssl.SSLError."""
+        """Read and decrypt what has come; None where no data was in it. Raises ssl.SSLError."""
         data = super().receive(min(size, 2 * _RECORD))
         parts: list[bytes] = []
         with self.lock:
@@ -1243,11 +1278,13 @@ class TLSTransport(Transport):
                 if not isinstance(error, (ssl.SSLZeroReturnError, ssl.SSLEOFError)):
                     raise
             finally:
-                with contextlib.suppress(OSError):  # which send() will meet, and wait()
+                with contextlib.suppress(OSError):  # the next send() or wait() meets it again
                     self._write_encrypted()
-                if self.outgoing.pending > _MOST_REPLIES:  # what is owed is in `encrypted`
+                # What send() has encrypted is in `encrypted` by now: these are TLS's own answers.
+                if self.outgoing.pending > _MOST_REPLIES:
                     raise ConnectionError("the peer does not read what its TLS provokes")
-        # The peer's TLS has ended, and that is the end: the next wait() sees it.
+        # The peer has ended its TLS, though perhaps not its connection. To us that is the same: so
+        # nothing more is read, and the next wait() returns at once.
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RD)
         return b"".join(parts)
@@ -1317,15 +1354,16 @@ def _slice(buffers: Sequence[bytes | memoryview], at: int, size: int) -> bytes |
 class SwitchInterval:
     """Keeps threads that wait for the interpreter's lock from spending the CPU on asking for it.
 
-    Who waits for that lock asks its holder to let go, once in each switch interval. A short one
-    keeps a busy thread from delaying the others. But when thousands are woken at the same time,
-    they do nothing but ask, and who gets the lock loses it again after a few instructions: 3,000
-    peers that sent one ping each kept both cores busy for 27 s at 0.5 ms, and for 0.5 s at 1 s,
-    where each is done in one turn.
+    A thread that waits for that lock asks its holder to let go, once in each switch interval. With
+    a short one, a busy thread delays the others little. But when thousands are woken at once, they
+    do nothing but ask, and the one that gets the lock loses it again after a few instructions: at
+    0.5 ms, 3,000 peers that sent one ping each kept both cores busy for 27 s. At 1 s each thread is
+    done before it is asked to let go, and all of them take 0.5 s.
 
-    Nothing tells how many are waiting. But who has asked has slept before, a voluntary context
-    switch (getrusage(2)). When there are far more of these than the reads explain, the interval is
-    long at once; after a while it is shortened, step by step, until there are too many again.
+    Nothing tells how many threads are waiting. But each sleeps before it asks, which the system
+    counts as a voluntary context switch (getrusage(2)). When there are far more of these than the
+    reads explain, the interval is made long at once; after a while it is shortened, step by step,
+    until there are too many again.
     """
 
     SHORT, LONG = 0.0005, 1.0  # seconds
@@ -1390,9 +1428,9 @@ _SMALL = 1024  # bytes; smaller entries that wait are put together, as pongs of 
 # Why something cannot be written. What was taken out of the queue is lost then, so the connection
 # ends. The thread that writes is often another connection's, and goes on.
 _FAILURES = OSError, MemoryError
-# The queue of all whose socket takes what is written: one of its own would cost each 0.8 KiB.
-# _append() makes one when it is needed. This one takes nothing in, so that whatever went there by
-# mistake could not come to another connection.
+# The empty queue that all connections share for which nothing waits: one of its own would cost each
+# 0.8 KiB. _append() makes that when it is needed. This one drops whatever is put in (maxlen 0), so
+# that no mistake could bring it to another connection.
 _NOTHING: collections.deque[bytes | memoryview] = collections.deque(maxlen=0)
 
 
@@ -1408,8 +1446,8 @@ class State(enum.Enum):
 
     deadline, request   finish(only=READING) against move(ANSWERING): 408, or the answer
     eviction, upgrade   Connection.evict() against move(SUBSCRIBED): subscribers are not evicted
-    stop, upgrade       Admission.subscribe() refuses when stopping; who was subscribed before is
-                        told 1001 behind the head of the answer, which move() queues
+    stop, upgrade       Admission.subscribe() refuses when stopping; one that was in time gets its
+                        close 1001 behind the head of the answer, for move() queues that
     any two ends        Connection.finish(): the first one's last words are sent, no others
     """
 
@@ -1417,7 +1455,7 @@ class State(enum.Enum):
     ANSWERING = "a request is whole, and its answer is being made"
     SUBSCRIBED = "is a WebSocket or an event stream"
     CLOSING = "its last bytes are queued; waits until the peer ends the connection, too"
-    CLOSED = "its thread is done, its socket closed, or about to be where the poller watches it"
+    CLOSED = "its thread is done; its socket is closed, or will be by the poller, which watches it"
 
 
 READING, ANSWERING, SUBSCRIBED, CLOSING, CLOSED = State
@@ -1443,24 +1481,26 @@ class Connection:
         self.number = next(server.numbers)
         self.server = server
         self.transport = TLSTransport(sock, server.tls) if server.tls else Transport(sock)
-        self.peer = address
-        self.address = address  # of the client, whom a proxy may name; see Admission.rename()
+        self.peer = address  # of whoever connected, which may be a proxy
+        self.address = address  # of the client, as the proxy names it; see Admission.rename()
         # Guards what follows but where it says otherwise, each write to the socket, and its close.
         self.lock = threading.Lock()
         self.state = READING
         self.handler: HTTPHandler | Subscriber | None = None  # set by its own thread
-        # Appended to by any thread without the lock, as list.append is thread-safe; so is taking
-        # from the front. A deque would be 0.7 KiB for each connection.
+        # Any thread appends to it without the lock, as list.append is thread-safe. Only the holder
+        # of the lock takes from the front, which an append does not disturb. A deque would be 0.7
+        # KiB for each connection.
         self.pending: list[bytes] = []
-        # Taken from pending, in order. Not empty only while `full`, or while CLOSING. What is half
-        # written is a memoryview of its rest.
+        # Taken from pending, in order; between two holders of the lock empty unless `full`. What is
+        # half written is a memoryview of its rest.
         self.unsent = _NOTHING
         self.size = 0  # bytes that unsent takes, overhead included
         self.sent = 0  # bytes written so far
         self.full = False  # the socket took no more: the poller waits for it, or is about to
         self.written: threading.Event | None = None  # set when nothing waits, see catch_up()
         self.overflowed = False  # more than the limit has waited
-        # When a connection that is closing is cut off, and until when if its last bytes still wait.
+        # Of the monotonic clock: when a connection that is closing is cut off; and until when it is
+        # spared while its peer has not taken its last bytes.
         self.cut_at = self.patience = 0.0
         self.forgotten = False  # no deadline any more; guarded by the poller's lock
         # Its own thread's.
@@ -1486,9 +1526,9 @@ class Connection:
         #     A:  lock | take, write ... | unlock | is anything pending? yes: lock, write it
         #     B:          append | try to lock: taken, go on
         #
-        # So whoever has held the lock for anything calls this behind it. Exceptions: nothing can be
-        # written any more (abort, close); the socket is full, and resume() will come; move(), whose
-        # caller does it.
+        # So each method that has held the lock calls this afterwards. It need not where nothing can
+        # be written any more (abort, close); while the socket is full, for resume() will come; and
+        # in move(), whose caller calls it.
         while self.pending and self.lock.acquire(False):
             try:
                 overflow = self._write()
@@ -1512,11 +1552,12 @@ class Connection:
 
     def finish(self, last: bytes = b"", only: State | None = None, discard: bool = False,
                patience: float = 0.0) -> bool:
-        """Move to CLOSING: `last` and our end of the connection are behind what is queued.
+        """Move to CLOSING; `last` is queued, and behind it our end of the connection.
 
-        Returns whether that happened: not where the state is CLOSING already, or not `only`. With
-        `discard`, what was queued is dropped, but for the rest of what is half written. The peer
-        has CLOSING_TIME to read it all, and longer while it has not, until `patience`.
+        Returns whether that happened: not where the state is CLOSING already, or is not `only`.
+        With `discard`, what was queued before is dropped, but for the rest of what is half written.
+        The peer has CLOSING_TIME to read it all; one that is still behind has more, until
+        `patience`, a point of the monotonic clock.
         """
         with self.lock:
             done = only in (None, self.state) and self._close_behind(last, discard, patience)
@@ -1570,10 +1611,10 @@ class Connection:
         With `look_first` it waits only if nothing has come: a thread that waits lets go of the
         interpreter's lock, and comes behind all others that want it.
 
-        What a subscriber sends to a server that is stopping is taken and dropped. Nothing falls
-        between: this thread becomes busy and then looks whether the server is stopping, and
-        Server.stop() says so and then looks who is busy. One of them sees the other. That is why
-        wait() takes no bytes.
+        What a subscriber sends to a server that is stopping is taken and dropped, but what was read
+        before is published. Nothing falls between: this thread sets `busy` and then looks at
+        `stopping`; Server.stop() sets `stopping` and then looks at `busy`. So at least one of them
+        sees what the other has set. That is why wait() takes no bytes.
         """
         while True:
             if not look_first:
@@ -1600,8 +1641,8 @@ class Connection:
     def pause(self, seconds: float, until: threading.Event | None = None) -> None:
         """Let the peer wait. Raises ConnectionError where it hangs up meanwhile.
 
-        It is cut short when the connection or the server ends, or by the event; for that it looks
-        up four times a second.
+        Returns early when the connection or the server ends, which is looked for four times a
+        second, or when the event is set.
         """
         if seconds <= 0:
             return
@@ -1681,7 +1722,7 @@ class Connection:
         self._take()
         if CLOSING not in TRANSITIONS[self.state]:
             return False
-        # Before the state, for the poller looks at all of them without the lock.
+        # The times before the state: on_deadline() reads the state first, and takes no lock.
         self.cut_at, self.patience = time.monotonic() + CLOSING_TIME, patience
         self._move(CLOSING)
         if discard:  # but a frame that the peer has a part of is finished, also what TLS has begun
@@ -1783,9 +1824,10 @@ class Connection:
 
 
 class RateLimit:
-    """A token bucket that holds one second's worth, at least 1. Used by one thread.
+    """A token bucket. Used by one thread.
 
-    It may be overdrawn: who takes more waits until it is level again.
+    It fills by `limit` a second, and holds as much as comes in one second, at least 1. It may be
+    overdrawn: then the next to take has to wait until it is level again.
     """
 
     __slots__ = ("limit", "allowance", "at")
@@ -1810,9 +1852,9 @@ class RateLimit:
 # A connection's thread waits for its peer's bytes, and can wait for nothing else. What else there
 # is to wait for, one thread waits for on behalf of all: that a full socket takes more, and that a
 # point in time has come. Neither is the rule. Most sockets take at once what is written, and most
-# deadlines pass with nothing to be done but to set the next. So to ask for one costs a lock and an
-# entry in a heap, and while the connection lives it is not taken back: when it comes, the
-# connection looks itself whether anything is due. None of this thread's work waits, or one peer
+# deadlines pass with nothing to be done but to set the next. So to ask for a deadline is cheap, a
+# lock and an entry in a heap, and while the connection lives none is taken back: when it comes, the
+# connection itself looks whether anything is due. None of this thread's work may wait, or one peer
 # would delay all others.
 
 _LONGEST_PAUSE = 3600  # seconds; selectors take no number of any size
@@ -1946,8 +1988,8 @@ class Poller(threading.Thread):
         return connections
 
     def _try(self, connection: Connection, work: Callable[..., Any], *arguments: Any) -> Any:
-        # Each piece of work begins here: an error in one must not cost the others their turn. It
-        # ends its own connection, which may have no deadline any more, or wait for room in vain.
+        # Each piece of work begins here: an error in one must not cost the others their turn. Its
+        # own connection is ended: it might wait for ever, for a deadline or for room in its socket.
         try:
             return work(*arguments)
         except Exception:
@@ -1963,25 +2005,25 @@ class Poller(threading.Thread):
 # ---------------------------------------------------------------------------------------------- log
 # What is published is appended to one log: there a message gets its id, is kept for those who come
 # back, and enters the queues of all who have joined its channel; in one step, under one lock. So
-# there is one order, an id is a position in it for all channels at once, and a subscriber who says
-# up to where he has everything gets the rest.
+# there is one order, an id is a position in it for all channels at once, and a subscriber that says
+# up to which id it has everything gets the rest.
 #
-# An id is MILLISECONDS-N: the clock's, never going back, and a counter within the millisecond. It
-# is held as one whole number, milliseconds << 64 | N: ids are compared, those of a batch follow one
-# another, and a time is an id too.
+# An id is MILLISECONDS-N: the time, or that of the last id where the clock went back, and a counter
+# within the millisecond. It is held as one whole number, milliseconds << 64 | N. So ids can be
+# compared, those of a batch are consecutive, and a time is an id too.
 
 _COUNTER_BITS = 64  # what Redis has for it
 _COUNTER = (1 << _COUNTER_BITS) - 1
-_ID = re.compile("([0-9]{1,19})-([0-9]{1,19})", re.ASCII)
-# Groups that are looked at, messages that are forgotten, while the lock is held: 1 to 3 ms.
+_ID = re.compile("([0-9]{1,19})-([0-9]{1,19})", re.ASCII)  # 19 digits always fit 64 bits
+# How many groups are looked at, or messages forgotten, before the lock is let go of: 1 to 3 ms.
 _SCAN = 2000
 _PIECE = 32768  # bytes of messages that are sent at a time to one who catches up
 _LAST_PIECE = 64  # messages that may be encoded under the lock: 0.2 ms
 _KEPT_OVERHEAD = 64  # bytes that Python takes to keep a message, beside its JSON
 _GROUP_OVERHEAD = 250  # and to keep together what was published together
 _CHANNEL_OVERHEAD = 900  # and to keep the groups of a channel, beside its name
-_MAX_PATTERN_SIZE = 256  # characters: each size that anybody joined is looked for at each message
-_LONG_NAME = 1024  # characters; what a connection has joined may have so many on average
+_MAX_PATTERN_SIZE = 256  # characters; each length of a joined pattern costs each message a look-up
+_LONG_NAME = 1024  # characters; the names that a connection has joined may have so many on average
 
 
 def encode_id(position: int) -> str:
@@ -2040,7 +2082,11 @@ def encode_entries(entries: Iterable[Entry]) -> list[bytes]:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Encoder:
-    """How messages are written to some of the subscribers."""
+    """How messages are written for all subscribers of one kind, WebSocket or event stream.
+
+    Each kind has two, without ids and with them. What one has encoded goes to all subscribers that
+    have the same; it is a key in Log.joined, by identity (eq=False).
+    """
 
     encode: Callable[[Iterable[Any]], bytes]  # of entries; of JSON where it tells no ids
     with_ids: bool  # whether it tells ids and users
@@ -2084,7 +2130,7 @@ class History:
     def __init__(self, settings: Settings, floor: int) -> None:
         self.limit = settings.history_size if settings.history_time else 0
         self.time = int(1000 * settings.history_time) << _COUNTER_BITS
-        self.piece = min(_PIECE, settings.max_queue_size >> 1)
+        self.piece = min(_PIECE, settings.max_queue_size >> 1)  # bytes that behind() reads at once
         self.clear(floor)
 
     def clear(self, floor: int) -> None:
@@ -2094,7 +2140,9 @@ class History:
         self.count = 0  # messages
         self.groups: list[Group] = []  # by age, from index `start` on
         self.start = 0
-        self.by_name: dict[str, tuple[str, collections.deque[Group]]] = {}  # the name is held once
+        # By channel: its groups, and its name as the one object that all these hold, for it comes
+        # as a new one with each message.
+        self.by_name: dict[str, tuple[str, collections.deque[Group]]] = {}
 
     def append(self, first: int, name: str, payloads: Sequence[bytes]) -> None:
         """Keep messages with consecutive ids."""
@@ -2122,8 +2170,9 @@ class History:
     def trim(self, now: int) -> None:
         """Forget what is too old or too much."""
         groups, at, oldest = self.groups, self.start, now - self.time
-        # Of what is too old, so many at a time: behind a pause, others go with the next messages.
-        # What is too much goes at once, and a little more, that not each message has to do it.
+        # Of what is too old, _SCAN messages at most: after a quiet time there may be many, and the
+        # next calls forget the others. What is too much goes at once, and a little more, so that
+        # the next message need not do it again.
         least = self.count - _SCAN
         limit = self.limit if self.size <= self.limit else self.limit - (self.limit >> 6)
         while at < len(groups) and (
@@ -2146,13 +2195,14 @@ class History:
 
     def behind(self, position: int, names: Names, lasts: Mapping[str, int], live: Names,
                begun: int) -> tuple[list[Entry], int]:
-        """Read a piece of what lies behind an id; returns it, and how far that is.
+        """Read a piece of what lies behind an id; returns it, and the id up to which it goes.
 
-        Of the channels in `lasts`, see last(), only what begins there. What was published since
-        `begun` is left out where it is among `live`, which the subscriber had joined before: it is
-        in his queue, and would come twice.
+        `lasts` says for some channels at which id their messages begin, see last(). The channels
+        `live` the subscriber had joined before: what was published there since `begun` is left out,
+        for it is in the subscriber's queue, and would come twice.
         """
-        # Up to `begun` the channels in `lasts` are all there is, if any: no patterns are compared.
+        # `lasts`, if there are any, names all channels that had messages up to `begun`: until there
+        # no patterns need to be compared.
         old = bool(lasts) and position < begun
         prefixes, begin = () if old else names.prefixes, self._index(position + 1)
         # At least two groups, however many patterns there are: the first may end at the position.
@@ -2186,7 +2236,7 @@ class History:
                     left -= len(payloads)
                     if left <= 0:
                         break
-                lasts[name] = first - min(left, 0)
+                lasts[name] = first - min(left, 0)  # the oldest group may have more than needed
         return lasts
 
     def names_behind(self, position: int) -> set[str]:
@@ -2194,8 +2244,8 @@ class History:
         return {name for _, name, _, _ in self.groups[self._index(position + 1):]}
 
     def _index(self, position: int) -> int:
-        # Of the group that has this id or, if that is forgotten, the first of all. What is gone is
-        # not looked at: it has no ids.
+        # Finds the last group that begins at or before an id; if that is forgotten, the first that
+        # is kept. Forgotten groups are not compared: they have lost their ids.
         return max(self.start, bisect.bisect_right(
             self.groups, position, self.start, key=operator.itemgetter(0)) - 1)
 
@@ -2220,8 +2270,8 @@ class Log:
 
     def __init__(self, settings: Settings) -> None:
         # Guards all below, and the order of messages in all queues. One lock for all channels
-        # costs no more than one for each: it is held for 50 ns a subscriber, while one system call
-        # for him takes 3 us outside of it.
+        # costs no more than one for each: it is held for 50 ns a subscriber, while the system call
+        # that writes to it takes 3 us, without the lock.
         self.lock = threading.Lock()
         self.position = _now()
         self.history = History(settings, self.position)
@@ -2244,11 +2294,12 @@ class Log:
     def append(self, name: str, payloads: Sequence[bytes], issuer: str, user: bytes,
                touched: dict[Connection, Any], tells: Sequence[tuple[int, Tell]] = (),
                first: int = 0) -> None:
-        """Give messages of one issuer to a channel their ids; `user` is the part that names him.
+        """Give ids to messages of one issuer to one channel, and queue them for its subscribers.
 
-        The subscribers that they are queued for are added to `touched`: the caller flushes their
-        connections, without any lock. Who wants to know is told under the same lock, so that an
-        acknowledgement stands in its queue before all higher ids. Else a client could see one of
+        `user` is the part of each message's JSON that names the user; subscribers without ids get
+        the messages without it. The connections that they are queued for are added to `touched`:
+        the caller flushes them, without any lock. `tells` are called under the same lock, so that
+        an acknowledgement stands in its queue before all higher ids. Else a client could see one of
         those, lose its connection, come back from behind its own message, and publish it again.
         """
         receivers = 0
@@ -2260,7 +2311,7 @@ class Log:
         # joined: they are looked for again under it.
         bare = [payload.replace(user, b"", 1) for payload in payloads] if user else payloads
         try:
-            seeming = self.joined[name].copy()
+            seeming = self.joined[name].copy()  # without the lock, a test first would prove nothing
         except KeyError:
             seeming = {}
         encoded = {encoder: encoder.encode(bare) for encoder in seeming if not encoder.with_ids}
@@ -2268,8 +2319,8 @@ class Log:
             first = first or max(self.position + 1, _now())
             groups = (self._find_groups(name) if self.prefix_sizes else
                       self.joined[name] if name in self.joined else {})
-            # What may find no memory comes first: if it fails, nobody has the messages yet, and the
-            # publisher's last flush() publishes them again, not twice.
+            # What needs memory comes first. If it fails, nobody has got the messages yet: when the
+            # publisher's last flush() publishes them again, nobody gets them twice.
             for encoder in groups:
                 touched.update(groups[encoder])
                 if encoder not in encoded:  # once for all of them
@@ -2305,14 +2356,15 @@ class Log:
         At each yield the caller waits until the queue is empty; no lock is held then, so who reads
         slowly holds up nobody. When a piece reaches the end, it is queued and the channels are
         joined under one lock: nothing falls between. When the floor passes the position, the
-        subscriber was too slow; he is told of a gap, and goes on at the end.
+        subscriber was too slow; it is told of a gap, and goes on at the end.
 
-        `live` is what the subscriber has joined before. `before` and `after` make what is queued in
-        front and behind, of the position that it stands for, and whether nothing is missing there.
+        `live` is what the subscriber has joined before. `before` and `after` encode what is queued
+        in front of the messages and behind them. They are called with the position there, and with
+        whether nothing is missing up to it.
         """
         connection = subscriber.connection
         if (past.since or 0) > self.position:
-            connection.flush()  # the head of an answer: who may have to wait is let in
+            connection.flush()  # the head of the answer, before wait_until() in _find_kept()
 
         def begin(position: int, resumed: bool) -> None:
             self.resumed += resumed and past.since is not None
@@ -2352,9 +2404,10 @@ class Log:
         return found, position, complete
 
     def _find_kept(self, names: Names, past: Past) -> tuple[Iterable[str], int]:
-        # Comes before a walk: waits for the id that it begins at, which another server may have
-        # given out, and finds the channels that `last` is about, and up to which id. Behind that
-        # there may be new ones, for patterns are compared with all channels while the lock is free.
+        # Comes before a walk, and takes long, so it does not hold the lock. First it waits for the
+        # id that the walk begins at, which another server may have given out. Then it compares the
+        # patterns with all channels, for `last`. Returns the channels that it found, and up to
+        # which id they are all: _look_back() adds those that have come since.
         self.wait_until(0 if past.partly else past.since or 0)
         if not past.last or not names.prefixes:
             return names, self.position
@@ -2384,7 +2437,7 @@ class Log:
     def leave(self, subscriber: Subscriber, names: Iterable[str]) -> None:
         """Undo join(); a channel that nobody has joined any more is forgotten."""
         for name in names:
-            with self.lock:
+            with self.lock:  # let go of between two, so that no publisher waits for a thousand
                 self._leave(subscriber, name)
 
     def forget(self, subscriber: Subscriber) -> None:
@@ -2408,7 +2461,7 @@ class Log:
         """End connections of all servers; returns how many, and whether all have answered."""
         return self.end_own(**whom), True
 
-    # What a log elsewhere does more, see RedisLog
+    # What RedisLog does more: a log in memory is always there, and has nothing to wait for
 
     def begin(self, is_over: Callable[[], bool]) -> None:
         """Make ready for the first connection."""
@@ -2434,9 +2487,11 @@ class Log:
 
     def _look_back(self, past: Past, names: Names, kept: Iterable[str],
                    seen: int) -> tuple[int, bool, dict[str, int]]:
-        # Where a replay begins, whether nothing is missing there, and what comes before it.
+        # Where a replay begins, whether nothing is missing there, and for `last` the earlier id at
+        # which the messages of each channel begin.
         self.history.trim(self.now)
-        # An id that was not given out yet is another log's, or a wrong clock's.
+        # Whether all behind `since` is kept. An id that was not given out yet is another log's, or
+        # a wrong clock's.
         met = past.since is None or self.history.floor <= past.since and (
             past.partly or past.since <= self.position)
         if past.since is not None and (met or past.partly):
@@ -2447,10 +2502,10 @@ class Log:
     def _walk(self, names: Names, past: Past, live: Names, kept: tuple[Iterable[str], int],
               begin: Callable[[int, bool], None], tell_gap: Callable[[int], None],
               ) -> Iterator[tuple[list[Entry], int, bool, bool]]:
-        # Each step takes the holder of the lock through a piece of the past: to the messages there,
-        # the position behind them, whether all is complete so far, and whether it is the last now.
-        # What `last` asks for comes first: a walk through all since the oldest of that, for to hold
-        # its ids would take more than the client's queue may.
+        # Each step is taken by the holder of the lock, and yields a piece of the past, the position
+        # behind it, whether nothing was missing so far, and whether the log ends there.
+        # What `last` asks for comes first. To list its ids might take more memory than the client's
+        # queue may, so this walks from the oldest of it through all that was published since.
         history, begun = self.history, self.position
         position, complete, lasts = self._look_back(past, names, *kept)
         begin(position, complete)
@@ -2525,13 +2580,15 @@ class Batch:
         self.issuer = issuer
         self.user = f'"user":{_quoted(user)},'.encode() if user else b""
         self.connection = connection  # counts what is published
-        # Once so many bytes are gathered, more are likely to come, and the limit grows fourfold. A
-        # flush that finds it less than a quarter used halves it.
+        # Once `limit` bytes are gathered, more are likely to come, and it grows fourfold. A flush
+        # that finds it less than a quarter used halves it, down to `least`.
         self.least = self.limit = min(server.settings.write_buffer_size, _MOST_GATHERED)
         self.channel = ""
         self.payloads: list[bytes] = []  # consecutive messages to that channel
         self.tells: list[tuple[int, Tell]] = []  # who wants to know of which of them, by index
-        self.heads: dict[str, str] = {}  # by channel: what all its messages begin with
+        # By channel: what all its messages begin with. One that is in here was found writable by
+        # the token, and WebSocket.receive() does not check it again.
+        self.heads: dict[str, str] = {}
         self.size = 0
         self.touched: dict[Connection, Any] = {}  # to be flushed; the values are not used
 
