@@ -708,9 +708,9 @@ class Keyring:
             raise SettingsError("OLD_SECRET: it is let in only beside a SECRET")
         # Without any key of ours the empty secret verifies, as the original's clients sign with it.
         # Beside public keys it must not, for everybody knows it.
-        secrets = [settings.secret, *filter(None, [settings.old_secret])]
-        self.secrets = [Key(_Secret(secret, name), [name]) for secret in secrets
-                        if secret or settings.protected for name in _HMAC]
+        secrets = filter(None, [settings.secret, settings.old_secret])
+        self.secrets = [Key(_Secret(secret, name), [name])
+                        for secret in ([""] if settings.protected else secrets) for name in _HMAC]
         # Where there is one secret and nothing else, the length of a signature tells the algorithm,
         # and so the key: the header need not be read first, which takes 11 us, and half of all the
         # time where the token is long.
@@ -839,8 +839,8 @@ _MAX_REF_SIZE = 64  # characters
 _MAX_LAST = 10_000  # messages of each channel
 
 
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")  # the library takes NaN and Infinity, RFC 8259 does not
+def _refuse_constant(_: str) -> NoReturn:
+    raise ValueError  # the library takes NaN and Infinity, RFC 8259 does not
 
 
 _decoder = json.JSONDecoder(parse_constant=_refuse_constant)
@@ -1201,8 +1201,7 @@ class Transport:
     def unacknowledged(self) -> int:
         """How many bytes were written that the peer's system has not acknowledged."""
         try:
-            return int(struct.unpack("i", fcntl.ioctl(
-                self.sock, termios.TIOCOUTQ, b"\0\0\0\0"))[0])
+            return int.from_bytes(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
         except (OSError, ValueError):  # the latter where it is closed
             return 0
 
@@ -1761,7 +1760,8 @@ class Connection:
         # The first entry does not count, however large it is: it may be one message, or all that
         # was pending.
         if (self.overflowed or self.state in (CLOSING, CLOSED) or not self.unsent
-                or self.size - len(self.unsent[0]) <= self.server.settings.max_queue_size):
+                or self.size - len(self.unsent[0]) - _OVERHEAD
+                <= self.server.settings.max_queue_size):
             return False
         self.overflowed = True
         return True
@@ -1936,7 +1936,7 @@ class Poller(threading.Thread):
             while not self.stopped:
                 with self.lock:
                     pause = self.timers[0][0] - time.monotonic() if self.timers else _LONGEST_PAUSE
-                self._resume_writable(max(0, min(pause, _LONGEST_PAUSE)))
+                self._resume_writable(min(pause, _LONGEST_PAUSE))
                 self._serve_requests()
                 self._call_due()
             self._serve_requests()
@@ -2014,7 +2014,7 @@ class Poller(threading.Thread):
 
 _COUNTER_BITS = 64  # what Redis has for it
 _COUNTER = (1 << _COUNTER_BITS) - 1
-_ID = re.compile("([0-9]{1,19})-([0-9]{1,19})", re.ASCII)  # 19 digits always fit 64 bits
+_ID = re.compile("([0-9]{1,19})-([0-9]{1,19})")  # 19 digits always fit 64 bits
 # How many groups are looked at, or messages forgotten, before the lock is let go of: 1 to 3 ms.
 _SCAN = 2000
 _PIECE = 32768  # bytes of messages that are sent at a time to one who catches up
@@ -2046,8 +2046,7 @@ class Past(NamedTuple):
 
 def parse_past(since: Any, last: Any) -> Past:
     """Take what a client asks for of the past; None is not given. Raises Refused."""
-    if last is not None and (
-            not re.fullmatch("[0-9]{1,5}", str(last), re.ASCII) or int(last) > _MAX_LAST):
+    if last is not None and (not re.fullmatch("[0-9]{1,5}", str(last)) or int(last) > _MAX_LAST):
         raise Refused(f"last must be a number from 0 to {_MAX_LAST}, not {_shown(last)}")
     count = int(last or 0)
     if since is None or since == "now":
@@ -2056,16 +2055,16 @@ def parse_past(since: Any, last: Any) -> Past:
     if match := _ID.fullmatch(text):
         return Past(int(match[1]) << _COUNTER_BITS | int(match[2]), False, count, True)
     try:
-        ago = int(1000 * parse_duration(text))
+        ago = 1000 * parse_duration(text)
     except ValueError:
         raise Refused(f"since must be an id such as 1700000000000-0, a duration such as 10m, or "
                       f"now, not {_shown(since)}") from None
     return Past(max(0, _now() - (ago << _COUNTER_BITS)), True, count, True)
 
 
-def parse_duration(text: str) -> float:
+def parse_duration(text: str) -> int:
     """Read a duration, in seconds. Raises ValueError."""
-    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text, re.ASCII)
+    match = re.fullmatch(r"([0-9]{1,9})([smhd]?)", text)
     if not match:
         raise ValueError(f"{text!r} is not a duration such as 90s, 15m, 1h or 7d")
     return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
@@ -2534,10 +2533,11 @@ class Log:
 
     def _leave(self, subscriber: Subscriber, name: str) -> None:
         groups = self.joined[name] if name in self.joined else {}
-        if subscriber.connection not in groups.get(subscriber.encoder, ()):
+        group = groups[subscriber.encoder] if subscriber.encoder in groups else {}
+        if subscriber.connection not in group:
             return
-        del groups[subscriber.encoder][subscriber.connection]
-        if not groups[subscriber.encoder]:
+        del group[subscriber.connection]
+        if not group:
             del groups[subscriber.encoder]
         if not groups:
             del self.joined[name]
