@@ -22,8 +22,8 @@ that comes back with its position first gets all that it missed.
 This is a port of the Go server of the same name, `the original` below, whose clients it serves.
 
 The way of a message. The thread of the publisher's connection does every step, up to the sockets of
-the subscribers; no message is handed to another thread. The sections of this file stand in the same
-order:
+the subscribers; only what a socket does not take at once is left to another thread. (The sections
+of this file stand in another order: most build on those before them.)
 
     Transport.receive -> read_frames -> WebSocket.receive (JSON, the token's rights)
         -> Batch -> Log.append (id, History) -> Connection.put of each subscriber
@@ -40,13 +40,15 @@ The threads, and what each may wait for:
     connection  Server.run_connection. Waits for its own peer: for bytes, for room while it sends
                 the past (Connection.catch_up), and where a limit slows the peer down
                 (Connection.pause). Also up to 5 seconds for the keys of an identity provider, and
-                with REDIS_URL for Redis: where the peer publishes and Redis has no room, and 5 or
-                10 seconds for what the peer asks of all servers. Never waits for another peer: it
-                writes to the sockets of all subscribers, but only what they take at once.
+                with REDIS_URL for Redis: while too much that was published here has not come back
+                (Outbox); up to 5 seconds for its request's answer, and 10 for an id that another
+                server gave out. Never waits for another peer: it writes to the sockets of all
+                subscribers, but only what they take at once.
     poller      Poller.run. Waits for sockets that were full and for points in time, for all
                 connections together.
-    append,     RedisLog, only with REDIS_URL. Each waits for Redis on a connection of its own. What
-    read        another server asks to be ended, a short thread ends (RedisLog._end_own).
+    append,     RedisLog, only with REDIS_URL. Each waits for Redis on a connection of its own; read
+    read        also up to 10 seconds for subscribers that fall behind (RedisLog._let_read). What a
+                server asks all to end, a short-lived thread ends (RedisLog._end_own).
     main        `philote serve` waits for a signal there, then calls Server.stop.
     log         BackgroundHandler: the only thread that waits for standard error.
     keys        Provider._run, while it fetches the keys of an identity provider.
@@ -75,8 +77,8 @@ What the server promises, and where each promise is kept:
                     Log.lock (Log.append), and a queue is written first in, first out.
     all messages,   A queue over its limit ends its connection (Connection.flush, Subscriber.
     or an end       on_overflow): nobody stays connected who missed a message. A client that
-                    comes back is sent the past, and joins its channels under the same lock as the
-                    last piece of that is queued: nothing falls between (Log.replay).
+                    comes back is sent the past. Its last piece is queued, and the channels are
+                    joined, under one lock: nothing falls between (Log.replay).
     nobody waits    A publisher writes to a socket only what that takes at once (Transport.send);
     for another     the rest is the poller's work (Connection.resume).
 
@@ -169,8 +171,8 @@ log = logging.getLogger("philote")
 # Nothing is guessed: an empty number, a size of 1k, a boolean of "yes" are refused, each with what
 # is allowed, and all bad ones at once. A server that runs with another limit than its operator
 # believes is worse than one that does not start. The value of a setting that may hold a secret is
-# never shown, not even where it is refused. TLS_KEY is one of them: it takes a path, but somebody
-# may have put the key itself there.
+# never shown, not even where it is refused. TLS_KEY takes a path, which is shown; but what it
+# refuses is not, for somebody may have put the key itself there.
 
 class SettingsError(ValueError):
     """Settings that are not allowed, one line for each."""
@@ -209,7 +211,7 @@ def _parse_origins(text: str) -> bool | tuple[str, ...]:
         return _parse_boolean(text)
     origins = tuple(origin.strip().lower() for origin in text.split(","))
     # As browsers write an Origin (RFC 6454, section 6): in ASCII, without a path, and without the
-    # port where it is the scheme's own.
+    # port where it is the default of the scheme.
     pattern = r"(?!http:.*:80$|https:.*:443$)[a-z][a-z0-9+.-]*://[^\s/?#@*]+"
     if not text.isascii() or not all(re.fullmatch(pattern, origin) for origin in origins):
         raise ValueError
@@ -217,7 +219,7 @@ def _parse_origins(text: str) -> bool | tuple[str, ...]:
 
 
 def _parse_host(text: str) -> str:
-    # The system has 108 bytes for the path, and the last is a NUL (unix(7)).
+    # Linux has 108 bytes for the path, and the last is a NUL (unix(7)); other systems have 104.
     if text.startswith(_UNIX) and not 0 < len(os.fsencode(text)) - len(_UNIX) <= 107:
         raise ValueError
     return text
@@ -225,7 +227,7 @@ def _parse_host(text: str) -> str:
 
 def _parse_secret(text: str) -> str:
     with contextlib.suppress(jwt.PyJWTError):
-        # Only because PyJWT checks the key: it refuses public keys and certificates in PEM.
+        # Encoded only because PyJWT checks the key then: it refuses keys and certificates in PEM.
         jwt.encode({}, _signing_key(text), algorithm="HS256")
         is_jwk = text.lstrip().startswith("{") and '"kty"' in text  # RFC 7517, section 4
         if not is_jwk and not _is_bare_key(text):
@@ -243,10 +245,10 @@ def _is_bare_key(text: str) -> bool:
     # Whether this is a public key or a certificate as identity providers show it: PEM without its
     # first and last line. As a SECRET it would be one that everybody knows.
     #
-    # What remains of PEM is base64 of DER (X.690): a SEQUENCE, whose tag is 0x30 or "0" in ASCII;
+    # What remains of PEM is base64 of DER (X.690): a SEQUENCE, whose tag is 0x30, "0" in ASCII;
     # then its length, in one byte up to 127, else in one byte behind 0x81 or two behind 0x82; and
-    # just so many bytes, which begin with another SEQUENCE or, for RSA, with an INTEGER (0x02) of
-    # 128 bytes or more.
+    # just so many bytes, which begin with another SEQUENCE or, in an RSA PUBLIC KEY, with an
+    # INTEGER (0x02) of 128 bytes or more.
     try:
         data = base64.b64decode("".join(text.replace("\\n", "").split()), validate=True)
     except ValueError:
@@ -296,7 +298,7 @@ _ORIGINS = _parse_origins, "true, false, or a list of origins such as https://ex
 
 
 def _setting(default: Any, kind: Kind, meaning: str, shown: bool = True) -> Any:
-    # Not `shown` is what may hold a secret: repr(), /api/info and `philote check` leave it out.
+    # `shown` is false for what may hold a secret: repr(), /api/info and `philote check` omit it.
     return dataclasses.field(default=default, repr=shown, metadata={
         "parse": kind[0], "allowed": kind[1], "meaning": meaning})
 
@@ -402,8 +404,9 @@ def _not_allowed(name: str, value: str, allowed: str) -> str:
 # All of it is the client's word until the signature is verified, the name of the algorithm too. So
 # that name only selects among the keys that the server has (Keyring), and each key is for the
 # algorithms of its own kind. PyJWT verifies the signature and the times; then _access_key() checks
-# the form of those claims that PyJWT takes as they are. A token is decoded once for each request,
-# into an AccessKey. A subscriber keeps that, and is disconnected when it expires.
+# the form of the claims, which PyJWT does not know, or takes in other forms too: "1700000000" for
+# `exp`. A token is decoded once for each request, into an AccessKey. A subscriber keeps that, and
+# is disconnected when it expires.
 
 MAX_TOKEN_SIZE = 8192  # bytes; a longer one is refused before any work is spent on it
 _END_OF_TIME = 253402300799  # the end of the year 9999; a far larger integer fits no float
@@ -518,7 +521,8 @@ class _Secret(jwt.PyJWK):
     """A secret for one algorithm. Raises SettingsError for a public key, a certificate or a JWK.
 
     Where PyJWT is given bare bytes it looks for these at each token, for half of all its time. A
-    PyJWK it takes as it is: so this has the three attributes that PyJWT reads, made of no JWK.
+    PyJWK brings the algorithm that prepares its key: here one that does not look again. Of a PyJWK
+    this has only the three attributes that PyJWT reads; there is no JWK.
     """
 
     def __init__(self, secret: str, name: str) -> None:
@@ -531,8 +535,8 @@ class _Secret(jwt.PyJWK):
 
 
 def _public_key(key: Any) -> Key:
-    # The algorithms follow from the kind of the key alone, never from what comes with it. A key
-    # that is too weak, private or secret is for none.
+    # The algorithms follow from the kind of the key; what comes with it, as a JWK's `alg`, can only
+    # take some away (_read_key_set). A key that is too weak, private or secret is for none.
     from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
 
     if isinstance(key, rsa.RSAPublicKey):
@@ -576,16 +580,16 @@ def read_public_keys(path: str) -> list[Key]:
 
 class _NoRedirects(urllib.request.HTTPRedirectHandler):
     def redirect_request(self, *_: Any) -> None:
-        """Return no request, so urllib raises HTTPError: it may lead to where there is no TLS."""
+        """Return no request, so urllib raises HTTPError: it might lead to a URL without TLS."""
 
 
 class Provider:
     """An identity provider, which publishes its public keys as a JWKS (RFC 7517, section 5).
 
-    PyJWT has a client for that. But with it all tokens wait while keys are fetched; and while the
-    provider is away, all are refused, and each of them makes another fetch. Here a thread of its
-    own fetches, at most once in _FETCH_PAUSE. Only a token whose key is not known waits for that.
-    Keys that were fetched before are good until the next ones are there.
+    PyJWT has a client for that. But with it all tokens wait while keys are fetched; and if the
+    provider is away when they are 5 minutes old, all are refused, and each makes another fetch.
+    Here a separate thread fetches, at most once in _FETCH_PAUSE (but for a SIGHUP). Only a token
+    whose key is not known waits for that. Keys stay good until the next ones are there.
     """
 
     def __init__(self, url: str) -> None:
@@ -602,8 +606,8 @@ class Provider:
 
     def find(self, kid: str, wait: _Wait) -> Key:
         """Find a key by its id. Raises TokenError."""
-        # The time is read before the keys, and _run() writes it behind them: so the keys that are
-        # read are at least as new as the time says.
+        # `fetched` is read before the keys, and _run() sets it behind them: so the keys that are
+        # read here are at least as new as it says.
         now, fetched = time.monotonic(), self.fetched
         key = self.keys.get(kid)
         # Also for a key that is known: the provider may have taken it back.
@@ -626,7 +630,7 @@ class Provider:
         """Begin to fetch the keys if that is due; returns what is set at the end of a fetch."""
         with self.lock:
             # urllib's timeout is for each wait for bytes. A provider that sends the head of its
-            # answer byte by byte never exceeds that, and would be the last that was ever asked.
+            # answer byte by byte never exceeds that, and no other fetch would begin.
             given_up = now > self.begun + _LONGEST_FETCH
             if now >= max(due, self.due) and (given_up or not self.under_way):
                 self.begun, self.due = now, now + _FETCH_PAUSE
@@ -716,9 +720,9 @@ class Keyring:
         # time where the token is long.
         self.usual = dict(zip(_HMAC_LENGTHS, self.secrets)) if (
             len(self.secrets) == len(_HMAC) and not settings.public_keys) else {}
-        # PyJWT refuses a token that has `aud` unless it is told which one to expect. The original's
-        # clients may send any of these claims, with any value: so aud and iss are verified only
-        # where the settings name one, sub and jti never.
+        # PyJWT refuses a token that has `aud` unless it is told which one to expect, and a `sub` or
+        # `jti` that is no string. The original's clients may send these with any value: so aud and
+        # iss are verified only where the settings name one, sub and jti never.
         self.verify: Callable[..., dict[str, Any]] = functools.partial(
             jwt.decode, audience=settings.audience or None, issuer=settings.issuer or None,
             options={"verify_aud": bool(settings.audience), "verify_iss": bool(settings.issuer),
@@ -1011,8 +1015,8 @@ def _is_well_formed(first: int, second: int, size: int) -> bool:
 
 
 def _gather(part: bytes, size: int) -> Generator[None, bytes, bytes]:
-    # A part of read_frames(): takes bytes until a frame that came in part is whole. Returns at
-    # least `size`; the last ones may have brought more than its end.
+    # A part of read_frames(): takes bytes until a frame that came in part is whole. Returns its
+    # `size` bytes, and what came together with the last of them.
     buffer = bytearray(part)
     while len(buffer) < size:
         buffer += yield None
@@ -1029,8 +1033,8 @@ class _Fragments:
     def add(self, first: int, payload: bytes) -> str | Frame:
         """Add a fragment; returns the message behind the last. Raises FrameError.
 
-        For those before it returns an empty frame, which the peer is charged for. `first` is the
-        first byte of the frame.
+        For each fragment before the last, it returns an empty frame, which the peer is charged for.
+        `first` is the first byte of the frame.
         """
         if bool(first & 15) is bool(self.opcode):  # a message inside another, or a part of none
             raise FrameError(CloseReason.PROTOCOL_ERROR, "fragments out of order")
@@ -1120,7 +1124,7 @@ try:
     import ctypes
 
     # Without argtypes, which would take 0.5 us more where a call takes 1.1. So ctypes passes whole
-    # numbers as C's int, also the size, which is a size_t: each platform widens it as it needs.
+    # numbers as C's int, also the size, which is a size_t: libffi widens it as the machine needs.
     _send: Callable[..., int] = ctypes.PyDLL(None).send
     _recv: Callable[..., int] = ctypes.PyDLL(None).recv
     _make_buffer = functools.partial(ctypes.create_string_buffer, _FULL_READ)
@@ -1171,7 +1175,8 @@ class Transport:
             if count >= 0:
                 return data
         try:
-            return self.sock.recv(size, _DONTWAIT)  # again: _recv says no more of an error than -1
+            # For more than a buffer holds; or again, as _recv says no more of an error than -1.
+            return self.sock.recv(size, _DONTWAIT)
         except BlockingIOError:
             return None
 
@@ -1182,7 +1187,7 @@ class Transport:
             if sent >= 0:
                 return sent
         try:
-            return self.sock.send(data, _DONTWAIT)  # as in receive()
+            return self.sock.send(data, _DONTWAIT)  # what is larger; or again, as in receive()
         except BlockingIOError:
             return 0
 
@@ -1282,8 +1287,8 @@ class TLSTransport(Transport):
                 # What send() has encrypted is in `encrypted` by now: these are TLS's own answers.
                 if self.outgoing.pending > _MOST_REPLIES:
                     raise ConnectionError("the peer does not read what its TLS provokes")
-        # The peer has ended its TLS, though perhaps not its connection. To us that is the same: so
-        # nothing more is read, and the next wait() returns at once.
+        # The peer has ended its TLS, or its connection without that. To us it is the same: nothing
+        # more is read, and the next wait() returns at once.
         with contextlib.suppress(OSError):
             self.sock.shutdown(socket.SHUT_RD)
         return b"".join(parts)
@@ -1427,9 +1432,9 @@ _SMALL = 1024  # bytes; smaller entries that wait are put together, as pongs of 
 # Why something cannot be written. What was taken out of the queue is lost then, so the connection
 # ends. The thread that writes is often another connection's, and goes on.
 _FAILURES = OSError, MemoryError
-# The empty queue that all connections share for which nothing waits: one of its own would cost each
-# 0.8 KiB. _append() makes that when it is needed. This one drops whatever is put in (maxlen 0), so
-# that no mistake could bring it to another connection.
+# The empty queue that all connections share until something has to wait: one of its own would cost
+# each 0.8 KiB. This one drops whatever is put in (maxlen 0), so that no mistake could bring it to
+# another connection.
 _NOTHING: collections.deque[bytes | memoryview] = collections.deque(maxlen=0)
 
 
@@ -1481,14 +1486,14 @@ class Connection:
         self.server = server
         self.transport = TLSTransport(sock, server.tls) if server.tls else Transport(sock)
         self.peer = address  # of whoever connected, which may be a proxy
-        self.address = address  # of the client, as the proxy names it; see Admission.rename()
+        self.address = address  # of the client, whom a proxy may name; see Admission.rename()
         # Guards what follows but where it says otherwise, each write to the socket, and its close.
         self.lock = threading.Lock()
         self.state = READING
         self.handler: HTTPHandler | Subscriber | None = None  # set by its own thread
         # Any thread appends to it without the lock, as list.append is thread-safe. Only the holder
-        # of the lock takes from the front, which an append does not disturb. A deque would be 0.7
-        # KiB for each connection.
+        # of the lock takes from the front, which an append does not disturb. A deque would take 0.7
+        # KiB more.
         self.pending: list[bytes] = []
         # Taken from pending, in order; between two holders of the lock empty unless `full`. What is
         # half written is a memoryview of its rest.
@@ -1555,8 +1560,8 @@ class Connection:
 
         Returns whether that happened: not where the state is CLOSING already, or is not `only`.
         With `discard`, what was queued before is dropped, but for the rest of what is half written.
-        The peer has CLOSING_TIME to read it all; one that is still behind has more, until
-        `patience`, a point of the monotonic clock.
+        The peer has CLOSING_TIME to read it all and end the connection, too; one that has not read
+        it all by then has more, until `patience`, a point of the monotonic clock.
         """
         with self.lock:
             done = only in (None, self.state) and self._close_behind(last, discard, patience)
@@ -1826,8 +1831,8 @@ class Connection:
 class RateLimit:
     """A token bucket. Used by one thread.
 
-    It fills by `limit` a second, and holds as much as comes in one second, at least 1. It may be
-    overdrawn: then the next to take has to wait until it is level again.
+    It fills by `limit` a second, and holds what it gets in one second, at least 1. It may be
+    overdrawn: who took too much has to wait until it is level again.
     """
 
     __slots__ = ("limit", "allowance", "at")
@@ -2015,7 +2020,7 @@ class Poller(threading.Thread):
 _COUNTER_BITS = 64  # what Redis has for it
 _COUNTER = (1 << _COUNTER_BITS) - 1
 _ID = re.compile("([0-9]{1,19})-([0-9]{1,19})")  # 19 digits always fit 64 bits
-# How many groups are looked at, or messages forgotten, before the lock is let go of: 1 to 3 ms.
+# Groups that are looked at, or old messages forgotten, before the lock is let go of: 1 to 3 ms.
 _SCAN = 2000
 _PIECE = 32768  # bytes of messages that are sent at a time to one who catches up
 _LAST_PIECE = 64  # messages that may be encoded under the lock: 0.2 ms
@@ -2023,7 +2028,7 @@ _KEPT_OVERHEAD = 64  # bytes that Python takes to keep a message, beside its JSO
 _GROUP_OVERHEAD = 250  # and to keep together what was published together
 _CHANNEL_OVERHEAD = 900  # and to keep the groups of a channel, beside its name
 _MAX_PATTERN_SIZE = 256  # characters; each length of a joined pattern costs each message a look-up
-_LONG_NAME = 1024  # characters; the names that a connection has joined may have so many on average
+_LONG_NAME = 1024  # characters; MAX_SUBSCRIPTIONS times as many may be in all that one has joined
 
 
 def encode_id(position: int) -> str:
@@ -2081,10 +2086,10 @@ def encode_entries(entries: Iterable[Entry]) -> list[bytes]:
 
 @dataclasses.dataclass(eq=False, slots=True)
 class Encoder:
-    """How messages are written for all subscribers of one kind, WebSocket or event stream.
+    """How messages are written for a kind of subscriber, with ids or without.
 
-    Each kind has two, without ids and with them. What one has encoded goes to all subscribers that
-    have the same; it is a key in Log.joined, by identity (eq=False).
+    There are four: a WebSocket and an event stream have two each (`encoders`). A message is encoded
+    once by each, for all who share it. An Encoder is a key in Log.joined, by identity (eq=False).
     """
 
     encode: Callable[[Iterable[Any]], bytes]  # of entries; of JSON where it tells no ids
@@ -2196,12 +2201,12 @@ class History:
                begun: int) -> tuple[list[Entry], int]:
         """Read a piece of what lies behind an id; returns it, and the id up to which it goes.
 
-        `lasts` says for some channels at which id their messages begin, see last(). The channels
-        `live` the subscriber had joined before: what was published there since `begun` is left out,
-        for it is in the subscriber's queue, and would come twice.
+        Of a channel that `lasts` holds, only messages from the id there on are read, see last().
+        The channels `live` the subscriber had joined before: what was published there since `begun`
+        is left out, for it is in the subscriber's queue, and would come twice.
         """
-        # `lasts`, if there are any, names all channels that had messages up to `begun`: until there
-        # no patterns need to be compared.
+        # `lasts`, if there are any, holds each channel of `names`, or of their patterns, that had
+        # messages up to `begun`: so until there no patterns need to be compared.
         old = bool(lasts) and position < begun
         prefixes, begin = () if old else names.prefixes, self._index(position + 1)
         # At least two groups, however many patterns there are: the first may end at the position.
@@ -2270,7 +2275,7 @@ class Log:
     def __init__(self, settings: Settings) -> None:
         # Guards all below, and the order of messages in all queues. One lock for all channels
         # costs no more than one for each: it is held for 50 ns a subscriber, while the system call
-        # that writes to it takes 3 us, without the lock.
+        # that writes to the subscriber's socket takes 3 us, and holds no lock of the log.
         self.lock = threading.Lock()
         self.position = _now()
         self.history = History(settings, self.position)
@@ -2302,9 +2307,9 @@ class Log:
         those, lose its connection, come back from behind its own message, and publish it again.
         """
         receivers = 0
-        # Here and wherever else threads share a dictionary, it is not asked by get(): where another
-        # thread made the key that it holds, or the value, free-threaded CPython 3.13 takes the
-        # dictionary's lock for that, and 60 us instead of 0.1.
+        # Here and under any lock of the server, a dictionary that threads share is not asked by
+        # get(): where another thread made the key that it holds, or the value, free-threaded
+        # CPython 3.13 takes the dictionary's lock for that, and 60 us instead of 0.1.
         #
         # What needs no id is encoded before the log's lock is taken, for those that seem to have
         # joined: they are looked for again under it.
@@ -2403,10 +2408,10 @@ class Log:
         return found, position, complete
 
     def _find_kept(self, names: Names, past: Past) -> tuple[Iterable[str], int]:
-        # Comes before a walk, and takes long, so it does not hold the lock. First it waits for the
-        # id that the walk begins at, which another server may have given out. Then it compares the
-        # patterns with all channels, for `last`. Returns the channels that it found, and up to
-        # which id they are all: _look_back() adds those that have come since.
+        # Comes before a walk, and may take long: so it holds the lock only to copy the names. First
+        # it waits for the id that the walk begins at, which another server may have given out. Then
+        # it compares the patterns with all channels, for `last`. Returns the channels that it
+        # found, and up to which id they are all: _look_back() adds those that have come since.
         self.wait_until(0 if past.partly else past.since or 0)
         if not past.last or not names.prefixes:
             return names, self.position
@@ -2659,8 +2664,8 @@ class Batch:
 #     the answer to XADD is lost            append thread, by an error    appends all again
 #     Redis lost what it had (a failover)   read thread: a number is      tells of a gap; ours get
 #                                           missing                       new numbers
-#     the log is another one, or its clock  append thread: its id is not  _lift()
-#     was set back                          above what was read
+#     the log is another one, or has lost   append thread: its id is not  _lift()
+#     its end, and its clock is behind      above what was read
 #     it was emptied, or cut past us        read thread, when it comes    tells of a gap, up to
 #                                           back: its first is later      what it reads next
 #     it has a hole when a server starts    read thread: a number above   keeps what is behind
@@ -2688,7 +2693,7 @@ _KINDS: dict[bytes, dict[str, type]] = {
     b"ended": {"ask": str, "count": int}, b"heartbeat": {
         "id": str, "host": str, "version": str, "connections": int, "since": int, "floor": str,
         "gone": bool}}
-_INDEX_BITS = 16  # for a message's place in its entry; a batch has fewer of them (_MOST_GATHERED)
+_INDEX_BITS = 16  # for a message's place in its entry: no batch has 65,536 (see _MOST_GATHERED)
 _HEARTBEAT_TIME = 2  # seconds between heartbeats
 _GONE_TIME = 30  # seconds without one, after which a server counts as gone. It may just be late:
 #                  its read thread may wait 10 s for its subscribers, and ours for ours (_let_read)
@@ -2696,11 +2701,12 @@ _UNAVAILABLE_TIME = 5  # seconds for an answer of Redis, and for an entry to com
 _LAG_TIME = 10  # seconds that a client waits whose position we have not read yet (wait_until())
 _OUTBOX_SIZE = 1 << 24  # bytes that may wait to come back; with more, publishers have to wait
 _MOST_ENTRIES, _MOST_BYTES = 500, 1 << 20  # that are appended, or read, at a time
-_MOST_TRIMMED = 100_000  # entries that are cut off at a heartbeat: more than come between two, and
-#                          20 ms of work for Redis. Without a LIMIT it would stop at 10,000, and
-#                          while more than that came, the stream would only grow.
-_LARGEST_IN_REDIS = 1 << 27  # bytes of a message. Encoded anew it may have 3.8 times as many, as
-#                              1e15 becomes 1000000000000000.0; Redis refuses four times as many.
+_MOST_TRIMMED = 100_000  # entries that are cut off at a heartbeat, at most: more than come between
+#                          two, and 20 ms of work for Redis. Without a LIMIT it would stop at
+#                          10,000, and while more than that came, the stream would only grow.
+_LARGEST_IN_REDIS = 1 << 26  # bytes of a message. Encoded anew it may have 6 times as many: beside
+#                              half a surrogate pair, DEL becomes \u007f (and 1e15, anywhere,
+#                              1000000000000000.0). Redis refuses more than 8 times as many.
 _MOST_SERVERS = 1000  # with more, those that were not heard of for a day are forgotten
 
 EntryID = tuple[int, int]  # of the stream: milliseconds and a counter
@@ -2735,7 +2741,7 @@ class Outgoing:
 
 
 class _Entry:
-    """An entry as it was read. Raises any kind of Exception where no Philote can have written it.
+    """An entry as it was read. Raises any Exception where no Philote of this version wrote it.
 
     What is used later is tried here, such as the floor, so a bad entry is skipped as a whole.
     """
@@ -2777,7 +2783,7 @@ class Outbox:
 
     def put(self, entry: Outgoing) -> None:
         """Give an entry the next number, and let it be appended."""
-        with self.changed:  # take_back(), which holds it, takes it once more: it is an RLock
+        with self.changed:  # its lock is an RLock: take_back() calls this, and holds the lock
             self.last_number += 1
             entry.number, entry.sent = self.last_number, 0
             self.entries.append(entry)
@@ -2895,12 +2901,12 @@ class RedisLog(Log):
         # By server: its next number, and when it was heard of; what it said of itself, and when.
         self.expected: dict[bytes, tuple[int, float]] = {self.id: (1, math.inf)}
         self.servers: dict[bytes, tuple[dict[str, Any], float]] = {}
-        # By each request of end_connections(), until that returns: how many each server has ended.
+        # For each question of end_connections(), until it returns: what each server has ended.
         self.asked: dict[str, dict[str, int]] = {}
         self.read_count = self.skipped = self.repeated = self.losses = 0
         self.at_end = 0.0  # when the read thread was last at the end of the log
         self.patience, self.rested = 10.0, time.monotonic()  # see _let_read()
-        self.stalled: dict[Connection, int] = {}  # and how many bytes each had been sent by then
+        self.stalled: dict[Connection, int] = {}  # and the bytes written to each when it stalled
         # Bytes that may wait for a subscriber before _let_read() waits for it, too: what comes
         # until it is looked at again must still fit into its queue.
         self.most = min(settings.max_queue_size >> 1,
@@ -2919,7 +2925,7 @@ class RedisLog(Log):
         for thread in self.threads:
             thread.start()
         said = time.monotonic()
-        while not self.ready.wait(0.05) or self.fatal:  # the threads go on though they set `fatal`
+        while not self.ready.wait(0.05) or self.fatal:  # with `fatal` they may still set `ready`
             if self.fatal or is_over():
                 self.close()
                 raise self.fatal or _Stopped
@@ -2954,14 +2960,15 @@ class RedisLog(Log):
     def end_connections(self, whom: Mapping[str, str]) -> tuple[int, bool]:
         """End connections of all servers, our own at once; the others are asked through the log."""
         count, ask, answers = self.end_own(**whom), uuid.uuid4().hex, dict[str, int]()
-        # This server answers itself, too: only its answer shows that the question is in the log.
+        # Our own answer is waited for, too. Where no other server is known, nothing else would
+        # show that the question is in the log, to be found by those that are not known.
         missing = {about["id"] for about in self._living()} | {self.id.decode()}
         self.asked[ask] = answers
         self.outbox.put(self._make_entry(b"end", {"ask": ask, "whom": whom}))
         end = time.monotonic() + _UNAVAILABLE_TIME
         while missing - answers.copy().keys() and time.monotonic() < end:
             time.sleep(0.01)
-        answers = self.asked.pop(ask).copy()  # the reading thread may still fill that
+        answers = self.asked.pop(ask).copy()  # the read thread may still fill that
         return count + sum(answers.values()), not missing - answers.keys()
 
     def wait_for_room(self, connection: Connection, seconds: float = math.inf) -> bool:
@@ -2975,8 +2982,8 @@ class RedisLog(Log):
 
     def wait_until(self, position: int) -> None:
         """Wait a while until the log is read up to an id that another server gave out."""
-        # No server of this log is a minute ahead of us. An id that is belongs to another log: to
-        # wait for it would be in vain.
+        # An id a minute ahead of us is most likely another log's, and would never come: we are so
+        # far behind only after a long break.
         end = time.monotonic() + _LAG_TIME
         while (self.position < position < self.position + (60_000 << _COUNTER_BITS)
                and time.monotonic() < end and not self.stopping.is_set()):
@@ -3032,8 +3039,8 @@ class RedisLog(Log):
         """Tell all subscribers that messages up to an id may be missing. The read thread.
 
         A subscriber with ids gets a message that says so. One without ids could not know what it
-        missed, and is disconnected. The history is cleared: a client that comes back would get what
-        is left of it, and not learn of the gap.
+        missed, and is disconnected. The history is cleared: else a client that comes back would get
+        what is left of it, and not learn of the gap.
         """
         if self.ready.is_set():
             log.error("Redis: messages may be missing, all subscribers are told")
@@ -3116,7 +3123,7 @@ class RedisLog(Log):
             if not self.failure or entry.sent <= self.failed_at:
                 return
             now = time.monotonic()
-            # Servers that lived when the failure began could not be heard since: they have
+            # Servers that lived when the failure began may not have been heard since: they have
             # _GONE_TIME from now on.
             for server, (about, heard) in self.servers.items():
                 if heard > self.heard_until - _GONE_TIME:
@@ -3153,13 +3160,14 @@ class RedisLog(Log):
             self._lift(connection, before)
 
     def _lift(self, connection: Any, before: EntryID) -> None:
-        # Redis gave our entry an id that is not above what was read before: this is another log, or
-        # its clock was set back. Read threads ask for what is above the last id that they have, and
+        # Redis gave our entry an id that is not above what was read before. In one stream ids never
+        # fall, whatever the clock does: so this is another log, or one that has lost its end, and
+        # its clock is behind. Read threads ask for what is above the last id that they have, and
         # would never see what we append. So an entry is added with an id that we choose, above all
         # that was read; what is appended after it gets higher ones. It also tells each read thread
         # that messages may be missing, and that numbers which it has had may come again. That is
-        # why it is needed even where another server has lifted the log meanwhile, and Redis refuses
-        # our id because it is no longer the highest.
+        # why it is needed even where the log has come above our id meanwhile, by another server's
+        # lift or with time, and Redis refuses that id.
         lift = *self.head, "lift", ""
         try:
             self._execute(connection, ("XADD", self.key, f"{before[0]}-{before[1] + 1}", *lift))
@@ -3182,7 +3190,8 @@ class RedisLog(Log):
             self.history.trim(self.now)
             kept = max(self.history.floor, self.now - self.history.time)
             connections = len(self.issuers)
-        # The lowest entry that this server still needs, for its history or because it is unread.
+        # As far back as this server's history reaches: one that starts fills its own from the
+        # stream. But not past what we have read, see _find_floor().
         floor = min((kept >> _COUNTER_BITS, (kept & _COUNTER) >> _INDEX_BITS), self.cursor)
         about = {
             "id": self.id.decode(), "host": platform.node(), "version": __version__,
@@ -3336,10 +3345,11 @@ class RedisLog(Log):
         # Whether an entry is new. If one is missing, the next of the same server shows it, which is
         # a heartbeat at the latest.
         #
-        # The first entry that we meet of a server may have any number if it was running before we
-        # began to read: but then it has written a heartbeat within the first _GONE_TIME of the log.
-        # A server that is met later has just started, and its number is 1. If it is not, the log
-        # has lost what it wrote before, or we have forgotten it (see _MOST_SERVERS): that is a gap.
+        # The first entry that we meet of a server may have any number if those before it were cut
+        # off from the log: but then the server has written a heartbeat within the first _GONE_TIME
+        # of what is left. A server that is met later has just started, and the number is 1. If it
+        # is not, the log has lost what the server wrote before, or we have forgotten the server
+        # (see _MOST_SERVERS): that is a gap.
         if server not in self.expected:
             late = first > self.first + (int(1000 * _GONE_TIME) << _COUNTER_BITS)
             self.expected[server] = 1 if late or self.ready.is_set() else number, 0
@@ -3381,8 +3391,8 @@ class RedisLog(Log):
 
 
 def _find_redis(url: str) -> tuple[Any, Callable[[], Any], str]:
-    # Returns the package, a function that makes a connection as the URL says, and its address for
-    # people to read. Raises SettingsError, and PhiloteError where a package is missing.
+    # Returns the package, a function that makes a connection as the URL says, and the address of
+    # Redis for people to read. Raises SettingsError, and PhiloteError where a package is missing.
     try:
         redis: Any = importlib.import_module("redis")
         importlib.import_module("hiredis")  # several times as fast
@@ -3418,14 +3428,15 @@ def make_log(settings: Settings) -> Log:
 # Three kinds of threads have to do with a subscriber. Its own lets it catch up with the past and
 # join its channels (follow), then reads what the client sends. The threads of publishers put
 # messages in its queue and write them; all that the log gave them of it is its connection and a
-# function that takes bytes. The poller's thread looks at the points in time: the end of its token,
-# the next ping, and whether it was sent nothing for so long that it is told its position.
+# function that takes bytes. The poller's thread does what is due at a point in time: it ends a
+# subscriber whose token expired, pings, and tells the position to one that was sent nothing else.
 #
-# To end a subscriber the server calls end(): first it leaves its channels, then the close frame is
-# queued, so no message stands behind that. The close codes: 1001 the server stops; 1002, 1007, 1009
-# the client sent bad frames, text or too much; 1008 it reads too slowly; 1011 it answers no ping,
-# or there was an error of ours; 1012 messages may be missing and it has no ids; 4401 its token
-# expired; 4403 an operator ended it. A close that the client begins is answered by the library.
+# To end a subscriber the server calls end(): first the subscriber leaves its channels, then the
+# close frame, if it is a WebSocket, is queued, so no message stands behind that. The close codes:
+# 1001 the server stops; 1002, 1007, 1009 the client sent bad frames, text or too much; 1008 it
+# reads too slowly; 1011 it was silent and answered no ping, or there was an error of ours; 1012
+# messages may be missing and it has no ids; 4401 its token expired; 4403 an operator ended it. A
+# close that the client begins is answered by the library.
 
 class Subscriber:
     """A connection that messages are queued for, whichever way they are encoded."""
@@ -3512,7 +3523,8 @@ class Subscriber:
         """Tell the position if nothing was sent for an interval; returns when to look again.
 
         Else a client of a quiet channel would come back with an old position, which the history
-        may not reach any more, though it has missed nothing.
+        may not reach any more, though it has missed nothing. And a page in a browser, which sees no
+        pings, would take the connection for dead.
         """
         connection = self.connection
         if connection.sent == self.sent and now >= self.quiet_since + interval:
@@ -3566,7 +3578,7 @@ class Subscriber:
 _PONGS = 16  # pings of one read that are answered one by one; of more, the last (RFC 6455, 5.5.3)
 _LONGEST_LOOK = 5  # seconds between two looks whether a subscriber with ids was sent anything
 _CONTROL_COST = 0.1  # messages that a ping, a pong or a fragment counts as, for MAX_MESSAGE_RATE
-_REFUSED_COST = 10  # messages that one counts as which is dropped
+_REFUSED_COST = 10  # messages that a dropped one counts as in addition, for MAX_MESSAGE_RATE
 _BAD_BYTES = 5_000  # of a bad message that cost 1, see Connection.charge(): to find out that a
 #                     megabyte is bad takes 30 ms, in which no other thread can do anything
 
@@ -3689,13 +3701,11 @@ class WebSocket(Subscriber):
                     self._change_subscriptions(value, ref)
                     return
             channel, data = check_message(value)
-            # What is in `heads` was allowed before.
             if channel not in self.batch.heads and not self.key.may_write(channel):
                 raise Refused(f"the token may not write the channel {_shown(channel)}", "forbidden")
             self.batch.add(channel, data,
                            None if ref is None else functools.partial(self._tell_published, ref))
         except Refused as error:
-            # The connection has a counter of the name of each code.
             setattr(connection, error.code, getattr(connection, error.code) + 1)
             connection.log(logging.INFO if error.code == "forbidden" else logging.WARNING,
                            "%s message dropped: %s", self.id, error)
@@ -3752,9 +3762,10 @@ class WebSocket(Subscriber):
         connection = self.connection
         unacknowledged = connection.transport.unacknowledged()
         acknowledged = connection.sent - unacknowledged
-        # A peer that is slow may reach our ping only after much else. But if its receive buffer was
-        # full and takes bytes again, it has read. While there is room in the buffer that shows
-        # nothing: the peer's system acknowledges whether anybody reads or not.
+        # A peer that is slow may reach our ping only after much else. But where more than
+        # _FULL_READ bytes were unacknowledged, its receive buffer is taken to have been full: if it
+        # takes bytes again, the peer has read. With room in the buffer, an acknowledgement shows
+        # nothing: the peer's system sends it whether anybody reads or not.
         if acknowledged > self.acknowledged and self.unacknowledged > _FULL_READ:
             self.moved = now
         self.acknowledged, self.unacknowledged = acknowledged, unacknowledged
@@ -3765,7 +3776,7 @@ class WebSocket(Subscriber):
             self.pinged = now
             connection.put(_PING)
             connection.flush()
-            self.sent += len(_PING)  # no page in a browser sees a ping: see tell_position()
+            self.sent += len(_PING)  # for tell_position() a ping does not count as sent
         if now < self.pinged + interval:
             return self.pinged + interval
         if self.end(CloseReason.INTERNAL_ERROR, "ping timeout"):
@@ -3906,7 +3917,7 @@ MAX_HEAD_SIZE, MAX_HEADERS, MAX_TARGET_SIZE, MAX_PARAMETERS = 16384, 100, 8192, 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2; no JSON Web Token is meant
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/1\.([01])" % _TOKEN)
 _FIELD = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
-# No comma: it would join the values of two Host headers.
+# No comma and no space: decode_request() joins the values of two Host headers with these.
 _HOST_FIELD = re.compile(r"[][A-Za-z0-9._~!$&'()*+;=%:-]{1,255}")
 _NONCE = re.compile("[A-Za-z0-9+/]{22}==")  # 16 bytes in base64
 _CLOSE = {"Connection": "close"}  # where the answer is not sent by _respond(), which adds it
@@ -4077,8 +4088,8 @@ class HTTPHandler:
             return self.deadline
         late = HTTPError(408, f"a request must be complete within {self.timeout:g} seconds",
                          "request_timeout", _CLOSE)
-        # To a client that has sent nothing it says nothing: that could be taken for the answer to
-        # the request that the client is just sending.
+        # A client that has sent nothing is told nothing: it could take that for the answer to the
+        # request that it is just sending.
         begun = self.begun  # read once: the other thread may change it meanwhile
         last = late.response().encode() if begun else b""
         if not self.connection.finish(last, only=READING):
@@ -4152,7 +4163,7 @@ class HTTPHandler:
         length = request.headers.get("content-length")
         limit = self.server.settings.max_message_size
         if length is None or "transfer-encoding" in request.headers:
-            self.unread = True  # a body may follow, and nobody can tell where it ends
+            self.unread = True  # a body may follow, and we do not look for its end
             raise HTTPError(411, "a request with a body needs a Content-Length")
         if not re.fullmatch("[0-9]+", length):
             raise HTTPError(400, "Content-Length must be a number")
@@ -4426,7 +4437,7 @@ def tell_history(handler: HTTPHandler, request: Request) -> Response:
         past = Past(0, True)
     entries, position, complete = handler.server.log.read(
         names, past, handler.server.settings.max_queue_size)
-    complete = complete or "since" not in request.query  # nothing was asked for that could be gone
+    complete = complete or "since" not in request.query  # it is about what came after `since`
     return Response(200, b'{"messages":[%b],"id":"%b","complete":%b}\n' % (
         b",".join(encode_entries(entries)), encode_id(position).encode(),
         b"true" if complete else b"false"), {**_JSON, "Cache-Control": "no-store"})
@@ -4484,7 +4495,6 @@ def tell_info(handler: HTTPHandler, request: Request) -> Response:
     server = handler.server
     totals = server.metrics.totals()
     settings = {field.name: getattr(server.settings, field.name)
-                # `repr` is false for what may hold a secret.
                 for field in dataclasses.fields(Settings) if field.repr and field.name != "port"}
     return respond_json({
         "version": __version__, "python": platform.python_version(),
@@ -4879,7 +4889,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.stopping = threading.Event()
         self.stopped = threading.Event()
         self.failure: BaseException | None = None
-        self.on_failure: Callable[[], None] = lambda: None  # what fail() calls, too
+        self.on_failure: Callable[[], None] = lambda: None  # called by fail()
         self.log = make_log(settings)
         self.log.end_own, self.log.stopping = self.end_connections, self.stopping
         self.admission = Admission(settings, self.stopping)
@@ -4906,7 +4916,8 @@ class Server(socketserver.ThreadingTCPServer):
             self.log.close()
             raise
         self.poller = Poller(self.fail)
-        # Let go of to refuse a newcomer if no other is left. The accepting thread's, then stop()'s.
+        # A descriptor in reserve: where there is no other, it is closed to accept a newcomer and
+        # refuse it. The accepting thread's, then stop()'s.
         self.reserve: int | None = os.open(os.devnull, os.O_RDONLY)
         self.socket.setblocking(False)
         self.acceptor = threading.Thread(target=self._accept, name="philote-accept", daemon=True)
@@ -5124,7 +5135,7 @@ class Server(socketserver.ThreadingTCPServer):
             self._end_connection(connection)
 
     def _end_connection(self, connection: Connection) -> None:
-        # Whatever raises here, even for want of memory, all that follows is done.
+        # Whatever raises here, even for want of memory: what stands under `finally` is done.
         try:
             # It may have left already. But whoever ended it may have been faster than its own
             # thread, which then joined channels after that.
@@ -5140,7 +5151,8 @@ class Server(socketserver.ThreadingTCPServer):
                     self.poller.forget(connection)
                 finally:
                     self.admission.remove(connection)
-                    # Where thousands end at once, there may be nobody left who reads, and looks.
+                    # Where thousands end at once, there may be nobody left whose read would shorten
+                    # the interval again.
                     if self.switch_interval:
                         self.switch_interval.count_read()
 
@@ -5187,7 +5199,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.stopped.set()
 
     def _stop_listening(self) -> None:
-        if not self.listener:  # one that was given may be the next server's, too, and has to live
+        if not self.listener:  # shutdown() would end one that was given for others, too
             with contextlib.suppress(OSError):  # on Linux this wakes the accepting thread at once
                 self.socket.shutdown(socket.SHUT_RDWR)
         if self.acceptor.is_alive():
@@ -5195,8 +5207,8 @@ class Server(socketserver.ThreadingTCPServer):
         self.server_close()
 
     def _end_connections(self, deadline: float, time_to_cut: float) -> None:
-        # Each step takes as long as there is anything to wait for and time is left. `time_to_cut`
-        # is what the last one has for itself:
+        # Each step takes as long as there is anything to wait for and time is left. The last one
+        # has `time_to_cut` for itself, and step 2 leaves as much to 3 and 4:
         #
         # 1. Threads finish what they had read: requests are answered, messages are published.
         # 2. These messages come back from the log; only then are they in the queues.
@@ -5304,7 +5316,7 @@ def _tell_error(error: Exception) -> str:
 #
 # For a client that had published "hello" to the channel logs, and follows news:
 #
-#     server -> client   {"connected": {"id": "9-0", ...}}, and the replay of news after id 7-0
+#     server -> client   {"connected": {"id": "7-0", ...}}, and the replay of news after id 7-0
 #     client -> server   {"subscribe": ["logs"], "since": "7-0", "ref": "check"}
 #     client -> server   {"unsubscribe": ["logs"], "ref": "caught up"}
 #     server -> client   the replay of logs after id 7-0, and both answers
@@ -5315,16 +5327,16 @@ def _tell_error(error: Exception) -> str:
 # server after step 3.
 #
 # The threads. Each caller sends its own requests. One more thread, philote-client, reads, and
-# connects again. It must never wait for a send: while a server sends a replay it reads nothing, and
-# where that fills the buffers between us, it and we would wait for each other for ever. What has to
-# be sent in answer to what was read - steps 2 and 4, a pong, a close - is therefore sent by a
-# short-lived thread, see _send_aside().
+# connects again. While a connection lasts it must not wait for a send: the server reads nothing as
+# long as it sends a replay, and where that fills the buffers between us, both would wait for ever.
+# What has to be sent in answer to what was read - steps 2 and 4, a pong, a close - is therefore
+# sent by a short-lived thread, see _send_aside().
 #
 # The locks, in the order in which they may be taken: Client._asking, Client._changed (nothing is
 # sent under it; a thread that holds it may take it again), _Link.sending, _ClientSocket.calling.
 # Nobody waits for _Link.ponging, see there.
 
-_ANSWER_TIME = 10  # seconds without progress, after which we give up waiting for a server
+_ANSWER_TIME = 10  # seconds that we wait for a server's answer, or for progress in close()
 # Seconds. A client tries to come back after a random part of the first; at each attempt that fails
 # this doubles, up to the last.
 _FIRST_PAUSE, _LAST_PAUSE = 0.5, 20
@@ -5431,10 +5443,10 @@ class Client:
     it does not let us in, PhiloteError where it is another kind of server, or where the URL or the
     token is malformed.
 
-    When the server drops a message, publish() has returned long since: Forbidden is raised by the
-    next call that finds the answer. ConnectionClosed is raised once all that came has been
-    received. close() and the end of the `with` block raise them too, where a message that was
-    published may be lost.
+    When the server drops a message, publish() without `wait` has already returned: Forbidden is
+    raised by the next publish(), receive() or close() that finds the answer. ConnectionClosed is
+    raised once all that came has been received. close() and the end of the `with` block raise it
+    too, where a message that was published may be lost.
     """
 
     max_message_size = 1 << 26  # characters; a server that sends a larger message is left
@@ -5465,7 +5477,8 @@ class Client:
         # For channels that are not in here, _all_acknowledged counts.
         self._acknowledged: dict[str, tuple[int, int]] = {}
         self._all_acknowledged = (0, 0)
-        # False from a new connection to the end of step 4: meanwhile requests are not sent at once.
+        # False on a new connection, where something is unanswered, to the end of step 4: meanwhile
+        # requests are not sent at once.
         self._caught_up = True
         # From which id on step 2 looks for messages of ours; empty once it is done. `_position` is
         # not good for that: if the next connection is lost during step 2, it has moved on by then,
@@ -5473,6 +5486,7 @@ class Client:
         self._unchecked = ""
         self._closing = False
         self._end: Exception | None = None
+        self._end_traceback: Any = None  # of an error in a function of the program: where it was
         # With reconnect=False a message is answered only where its caller waits. False: there were
         # others, the server has not shown that it read them all, and no caller was told of the end.
         self._outcome_known = True
@@ -5483,9 +5497,9 @@ class Client:
 
     @property
     def position(self) -> str:
-        """The id up to which all of all channels has come; "" where the connection has no ids.
+        """The id up to which all has come, in all channels; "" where the connection has no ids.
 
-        Some of them may still wait for receive(). To go on later from what you have handled, keep
+        Some messages may still wait for receive(). To go on later from what you have handled, keep
         the id of the last message that receive() returned instead.
         """
         with self._changed:
@@ -5505,7 +5519,8 @@ class Client:
             return str(self._await(request)["published"]["id"]) if wait else None
         text = json.dumps(value, allow_nan=False)
         with self._changed:
-            # During close() this message fails below, or the answer to the close frame covers it.
+            # During close() this message fails below, or goes out before the close frame, and the
+            # answer to that shows that it was read.
             if not self._closing:
                 self._outcome_known = False
         try:
@@ -5621,7 +5636,8 @@ class Client:
 
     def _ask(self, value: dict[str, Any], awaited: bool) -> _Request:
         if awaited and threading.current_thread() is self._thread:  # which has to read the answer
-            raise RuntimeError("on_connect() and on_disconnect() cannot wait for the server")
+            raise RuntimeError("on_connect(), on_disconnect() and the function that makes tokens "
+                               "cannot wait for the server")
         request = _Request(value, awaited)  # raises TypeError, ValueError for what is no JSON
         with self._asking:
             with self._changed:
@@ -5630,7 +5646,7 @@ class Client:
                     len(self._requests) < _MOST_ASKED
                     and self._asked_size + len(request.text) < _MOST_SIZE))
                 if self._closing:
-                    raise self._end or ConnectionClosed(1006)
+                    raise (self._end or ConnectionClosed(1006)).with_traceback(self._end_traceback)
                 self._raise_end()
                 ref = self._add_request(request)
                 if not self._caught_up:
@@ -5677,7 +5693,8 @@ class Client:
         with self._changed:
             if self._end:
                 self._outcome_known = True
-                raise self._end.with_traceback(None)  # else it grows with each call that raises it
+                # Not `raise self._end`: its traceback would grow with each call that raises it.
+                raise self._end.with_traceback(self._end_traceback)
 
     # The reader's thread, and connecting in that of the caller at first
 
@@ -5689,9 +5706,10 @@ class Client:
         """
 
     def on_disconnect(self, error: Exception, pause: float) -> None:
-        """Called when the connection is lost, and when an attempt to get it back has failed.
+        """Called before each attempt to get the connection back: `error` says why it is not there.
 
-        The next attempt begins after `pause` seconds. For what it may do see on_connect().
+        The attempt begins after `pause` seconds. Where there is none, as with reconnect=False, this
+        is not called. For what it may do see on_connect().
         """
 
     def _connect(self) -> _Link:
@@ -5738,7 +5756,7 @@ class Client:
         with self._changed:
             position = self._position  # "" at the first connection
             link.channels = names
-            # The server sends something every `ping` seconds at least; with 0 it may stay silent.
+            # The server is not silent for much longer than `ping` seconds; with 0 it may be.
             link.patience = 2 * float(begin["ping"]) or math.inf
             self._issuers.append(begin["issuer"])
             if not begin["resumed"]:
@@ -5787,7 +5805,8 @@ class Client:
                 link.abort()
                 link = self._come_back(ConnectionClosed(link.code, link.reason))
         except Exception as error:  # from the function that makes tokens, or an overridden method
-            self._end = error
+            self._end_traceback, self._end = error.__traceback__, error
+            self._link.abort()  # nobody reads from it any more
         finally:
             with self._changed:
                 self._end = self._end or ConnectionClosed(1006)
@@ -5838,8 +5857,9 @@ class Client:
                 self._take_message(value, size)
             elif "error" in value:
                 error = Forbidden(str(value.get("reason", value["error"])))
-                # Without a ref, the server could not read the request. As it answers in order, that
-                # was the oldest unanswered one. (With reconnect=False messages have no ref.)
+                # An error without a ref answers what the server could not read. As it answers in
+                # order, that was the oldest unanswered request. (Not so with reconnect=False, where
+                # messages that nobody waits for have no ref.)
                 if ref is None and self._reconnect:
                     ref = next(iter(self._requests), None)
                 request = self._answer(ref, error)
@@ -5963,7 +5983,7 @@ def _send_aside(call: Callable[..., None], *arguments: Any) -> threading.Thread:
     thread = threading.Thread(target=call, args=arguments, daemon=True)
     try:
         thread.start()
-    except RuntimeError as error:  # no more threads; for callers like a lost connection: try later
+    except RuntimeError as error:  # no more threads: callers take it for a lost connection
         raise OSError(errno.EAGAIN, str(error)) from None
     return thread
 
@@ -6017,7 +6037,8 @@ class _Link:
         self.sending = threading.Lock()
         self.pong = wsproto.events.Pong()  # the answer to the last ping; set by the reader
         # Locked while a thread is on its way to send `pong`. It will send what `pong` is by then,
-        # so further pings need no thread: a flood of them starts one at a time.
+        # so further pings need no thread. In a flood of them there are two at most: one that waits
+        # until the server reads, and one behind it.
         self.ponging = threading.Lock()
         self.sock = _ClientSocket(_connect_to(url))
         # Messages, to the end of the connection. A generator: it reads while somebody asks for the
@@ -6092,7 +6113,7 @@ class _Link:
             self.sock.send(self.protocol.send(wsproto.events.TextMessage(text)))
 
     def send_if_open(self, *events: wsproto.events.Event) -> None:
-        """Send what nobody waits for, unless the connection is closing or has ended."""
+        """Send these, as far as the connection still takes them; a failure is not told."""
         with contextlib.suppress(OSError, ProtocolError):
             for event in events:
                 with self.sending:
@@ -6512,7 +6533,7 @@ def _notify(*lines: str) -> None:
 def _configure_log(settings: Settings) -> BackgroundHandler:
     logging.Formatter.converter = time.gmtime
     # The name of a connection's thread is not wanted: it is started by _thread, and to ask for its
-    # name makes threading create an object for it, and keep that.
+    # name makes threading create an object for it, which Python 3.10 and 3.11 keep for ever.
     logging.logThreads = False
     handler = BackgroundHandler(sys.stderr.fileno() if sys.stderr else -1)
     handler.setFormatter(logging.Formatter(
@@ -6562,7 +6583,7 @@ def _raise_descriptor_limit(settings: Settings) -> None:
 # philote check, philote health
 
 def _check(_: argparse.Namespace) -> int:
-    # What is wrong is said below. Without any handler, logging itself would print its warnings.
+    # What is wrong is said below. Without any handler, logging would print the log's warnings, too.
     log.addHandler(logging.NullHandler())
     settings = Settings.from_environ(os.environ)
     _check_host(settings)
@@ -6712,8 +6733,8 @@ class _CommandClient(Client):
     def __init__(self, arguments: argparse.Namespace, channels: Sequence[str],
                  writes: Sequence[str] = (), **options: Any) -> None:
         self.arguments = arguments
-        # `philote publish` follows no channel (channels=()). But its token allows reading the one
-        # that it writes: when it comes back, it finds out which of its messages have arrived.
+        # `philote publish` follows no channel (channels=()). But a token made here allows reading
+        # the one that it writes: who comes back finds out which of the messages have arrived.
         super().__init__(arguments.url, arguments.token or _new_token(channels, writes),
                          channels=() if writes else channels, **options)
 
@@ -6785,8 +6806,8 @@ def _history(arguments: argparse.Namespace) -> int:
         except (http.client.HTTPException, *_NO_PHILOTE):
             raise PhiloteError("this is no Philote server that keeps messages") from None
 
-    # Messages come in pages. It ends with the page that reaches the position that the log has now,
-    # not with an empty one: others may go on publishing faster than pages are fetched.
+    # Messages come in pages. The last is the one that reaches the position that the log has now. To
+    # go on until a page is empty might take for ever, as others may publish faster than this reads.
     _, end, _ = ask(since="now")
     past = _given(since=arguments.since or None, last=arguments.last)
     while True:
@@ -6819,8 +6840,9 @@ def _publish(arguments: argparse.Namespace) -> int:
 #
 # The class Client hands all messages to one receive(), so one position is enough. Here several
 # subscriptions may match a message, and each may have asked for another past. So each has a cursor,
-# and its callback gets only what is above that. Subscriptions that ask for the same past are joined
-# by one request. When the connection comes back, all that have a cursor go on from one position.
+# and its callback gets only what is above that. Those without one that ask for the same past are
+# joined by one request when a connection begins. Those that have one go on from one position when
+# the connection comes back.
 
 PHILOTE_JS = r"""// A client of a Philote server, for browsers and Node 22. It has no dependencies.
 //
@@ -7007,7 +7029,7 @@ export class Philote extends EventTarget {
     this.#heard();
     this.#watch();
     try {
-      await null; // so that the caller of the constructor can add listeners and subscriptions first
+      await null; // so that whoever called the constructor can listen before an "error" comes
       const token = typeof this.#token === "function" ? await this.#token() : this.#token;
       if (attempt === this.#attempt) this.#open(this.#address(token.trim()));
     } catch (error) {
