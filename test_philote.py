@@ -6280,7 +6280,7 @@ def test_who_closes_while_the_connection_comes_back_is_not_told_that_it_is_there
 @pytest.mark.parametrize("ask", [
     lambda client: client.subscribe("a"), lambda client: client.unsubscribe("a"),
     lambda client: client.publish("a", 1, wait=True)])
-def test_on_connect_cannot_wait_for_the_answer_that_its_thread_has_to_read(ask, proxy):
+def test_on_connect_cannot_wait_for_the_answer_that_its_thread_has_to_read(ask, server, proxy):
     with contextlib.suppress(RuntimeError), philote.Client(proxy.url, GOOD) as client:
         client.on_connect = lambda: ask(client)
         proxy.cut()
@@ -6291,6 +6291,7 @@ def test_on_connect_cannot_wait_for_the_answer_that_its_thread_has_to_read(ask, 
             assert any(entry.name == "<lambda>" for entry in raised.traceback), "whose error"
             lengths.append(len(raised.traceback))
         assert len({*lengths}) == 1
+        wait_until(lambda: not subscriber_count(server))  # nobody would read from it
 
 
 def test_a_gap_is_raised_once_and_what_follows_comes(quick):
