@@ -76,9 +76,10 @@ What the server promises, and where each promise is kept:
     one order       A message gets its id and enters the queues of all its subscribers under
                     Log.lock (Log.append), and a queue is written first in, first out.
     all messages,   A queue over its limit ends its connection (Connection.flush, Subscriber.
-    or an end       on_overflow): nobody stays connected who missed a message. A client that
-                    comes back is sent the past. Its last piece is queued, and the channels are
-                    joined, under one lock: nothing falls between (Log.replay).
+    or an end,      on_overflow). A client that comes back is sent the past. Its last piece is
+    or a gap        queued, and the channels are joined, under one lock: nothing falls between
+                    (Log.replay). Where messages are no longer there to be sent, a subscriber with
+                    ids is told of a gap, and others are disconnected (RedisLog.tell_gap).
     nobody waits    A publisher writes to a socket only what that takes at once (Transport.send);
     for another     the rest is the poller's work (Connection.resume).
 
