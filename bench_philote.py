@@ -153,7 +153,7 @@ BUSY = 0.9             # from this share of a core on the load process counts as
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What a load is made on: servers that are one, and what they speak."""
+    """What a load is made on: servers that act as one, and the protocol that they speak."""
 
     ports: list[int]
     pids: list[int]
@@ -257,10 +257,10 @@ READ, WRITE = select.POLLIN, select.POLLOUT  # the same numbers for epoll
 
 
 class TLSSocket(ssl.SSLSocket):
-    """A socket with TLS that says so as one without does where it would have to wait."""
+    """A TLS socket that raises BlockingIOError where it would wait, as a plain socket does."""
 
     def recv_into(self, *arguments: Any) -> int:
-        """Read; a buffer for a whole record leaves nothing behind that a poller does not see."""
+        """Read. The buffer must hold a whole record: a rest kept by TLS would wake no poller."""
         try:
             return super().recv_into(*arguments)
         except ssl.SSLWantReadError:
@@ -276,8 +276,7 @@ class TLSSocket(ssl.SSLSocket):
 
 @functools.cache
 def client_context() -> ssl.SSLContext | None:
-    """Make what all connections of --tls share; None without. They trust whatever they are shown.
-    """
+    """Make the clients' context, which trusts any certificate; None without --tls."""
     if "TLS_CERT" not in os.environ:
         return None
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -389,7 +388,7 @@ class Stream:
     def __init__(self, load: Load, sent_at: list[list[float]]) -> None:
         self.load = load
         self.raw = bytearray()                # whole frames, then perhaps a part of one
-        self.checked = 0                      # bytes of it that are whole, checked frames
+        self.checked = 0                      # bytes of `raw` that are whole, checked frames
         self.size = sys.maxsize               # of each frame, known with the first
         self.publishers: list[int] = []       # who sent message 0, 1, 2 ...
         self.sent_times: list[float] = []     # and when
@@ -414,7 +413,7 @@ class Stream:
             self.checked += self.size
 
     def _foreseen(self) -> int:
-        """Return whose message comes next, if it is exactly the one due from him, else -1."""
+        """Return the publisher of the next message if the message is exactly as due, else -1."""
         at = self.checked
         if len(self.raw) - at < self.size:
             return -1
@@ -754,7 +753,7 @@ def load_connections(load: Load, target: Target, secret: str,
 def load_memory(load: Load, target: Target, secret: str, seconds: float) -> dict[str, Any]:
     """Open connections that then do nothing, and see how much memory the server has taken."""
     count = fitting(load.most)
-    first = connect_all(target, upgrades(target, secret, 1))  # what a first client makes it import
+    first = connect_all(target, upgrades(target, secret, 1))  # a server may import more for it
     before = settled_kib(target.pids)
     requests = upgrades(target, secret, count)
     meter = Meter(target.pids)
@@ -820,7 +819,7 @@ def load_back(load: Load, target: Target, secret: str, seconds: float) -> dict[s
     """Open all connections at once, each with a position, then publish a message to them."""
     stayed, = connect_all(target, upgrades(target, secret, 1, query="&since=now"))
     query = ""
-    with contextlib.suppress(LoadFailed):  # a peer has no positions: it just has to accept them
+    with contextlib.suppress(LoadFailed):  # a peer has no positions: its clients come without
         query = "&since=" + read_position(stayed, 0.5)
     publisher, = connect_all(target, upgrades(target, secret, 1, "write"))
     publisher.settimeout(STUCK)
@@ -937,7 +936,7 @@ def read_frames(sock: socket.socket, count: int, seconds: float = STUCK) -> byte
 
 
 def read_position(sock: socket.socket, seconds: float = STUCK) -> str:
-    """Read what a server tells first whoever asks for positions. Raises LoadFailed."""
+    """Return the position that the first frame tells a client of `since`. Raises LoadFailed."""
     begin = read_frames(sock, 1, seconds)
     return json.loads(begin[2 if begin[1] < 126 else 4:])["connected"]["id"]
 
@@ -946,7 +945,7 @@ def read_what_was_missed(sockets: list[socket.socket], missed: bytes) -> None:
     """Read until each has a first frame and these bytes behind it. Raises LoadFailed."""
     poller, wait = open_poller()
     under_way = {sock.fileno(): sock for sock in sockets}
-    at = dict.fromkeys(under_way, -1)  # bytes of it that have come; -1: not yet the first frame
+    at = dict.fromkeys(under_way, -1)  # bytes of `missed` received; -1: not yet the first frame
     for number, sock in under_way.items():
         sock.setblocking(False)
         poller.register(number, READ)
@@ -1519,7 +1518,7 @@ def line_of(load: Load, name: str, rows: dict[str, Rounds]) -> str:
 
 def comparison_of(loads: list[Load], servers: list[Server], results: Results,
                   before: Results) -> str:
-    """Lay out medians beside those of an earlier run; where the load is busy, they wander."""
+    """Lay out medians beside those of an earlier run."""
     lines = ["", f"  {'beside the run before':<54}{'now':>10}{'then':>10}{'now/then':>10}"]
     for load in loads:
         for server in servers:
@@ -1545,8 +1544,9 @@ def is_limit(rounds: Rounds) -> bool:
 
 def report_of(loads: list[Load], servers: list[Server], results: Results,
               options: argparse.Namespace) -> dict[str, Any]:
-    """Return all that --json writes: the raw rounds and where they come from."""
-    packages = ("websockets", "aiohttp", "simple-websocket", "PyJWT", "wsproto")
+    """Return all that --save writes: the raw rounds and where they come from."""
+    packages = ("websockets", "aiohttp", "python-socketio", "redis", "hiredis",
+                "simple-websocket", "PyJWT", "wsproto")
     return {
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": shlex.join(["python", *sys.argv]),
@@ -1678,7 +1678,7 @@ def parse_rounds(text: str) -> int:
 
 
 def parse_output(text: str) -> str:
-    """Take the path of a file that can be written, as one would not like to learn at the end."""
+    """Take the path of a file; one that cannot be written must not fail at the end of a run."""
     folder = Path(text).absolute().parent
     existing = Path(text) if Path(text).exists() else folder
     if Path(text).is_dir() or not os.access(existing, os.W_OK):
@@ -1767,7 +1767,7 @@ def summary(options: argparse.Namespace) -> str:
 def compare(options: argparse.Namespace) -> int:
     """Run everything, and report; returns the exit status, 1 if a server did not start."""
     raise_file_limit()
-    os.environ.pop("TLS_CERT", None)  # a setting of Philote, and here of both ends
+    os.environ.pop("TLS_CERT", None)  # inherited, it would turn on TLS without --tls
     with contextlib.ExitStack() as stack:
         if options.tls:
             os.environ["TLS_CERT"] = stack.enter_context(new_certificate())
@@ -1796,7 +1796,7 @@ def main(arguments: list[str]) -> int:
     if arguments and arguments[0] in inner:
         return inner[arguments[0]](*arguments[1:])
     options = parse_arguments(arguments)
-    # A polite end must end the servers as well: SIGTERM becomes an exception, as SIGINT is one.
+    # SIGTERM must end the servers as well: as an exception, like SIGINT, it runs the cleanup.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         return compare(options)
