@@ -1461,7 +1461,7 @@ def test_every_case_of_the_autobahn_suite_passes(monkeypatch):
 
 # -------------------------------------------------------------------------- connections and poller
 
-@plain_and_tls(max_queue_size=200_000)
+@plain_and_tls(max_queue_size=200_000, ping_interval=0)  # `undisturbed` answers no pings meanwhile
 def test_a_stalled_subscriber_delays_nobody_and_is_dropped(
         server, undisturbed, slow_reader, reader, writer, caplog, full):
     for i in range(3200 if full else 320):
