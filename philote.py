@@ -1126,14 +1126,24 @@ try:
 
     # Without argtypes, which would take 0.5 us more where a call takes 1.1. So ctypes passes whole
     # numbers as C's int, also the size, which is a size_t: libffi widens it as the machine needs.
-    _send: Callable[..., int] = ctypes.PyDLL(None).send
-    _recv: Callable[..., int] = ctypes.PyDLL(None).recv
+    _system = ctypes.PyDLL(None)
+    _send: Callable[..., int] = _system.send
+    _recv: Callable[..., int] = _system.recv
+    _shutdown: Callable[..., int] = _system.shutdown
+    _close: Callable[..., int] = _system.close
     _make_buffer = functools.partial(ctypes.create_string_buffer, _FULL_READ)
+
+    def _end(sock: socket.socket, how: int) -> None:
+        _shutdown(sock.fileno(), how)
 except (ImportError, OSError, AttributeError):  # pragma: no cover
     def _send(*_: object) -> int:
         return -1  # that is what they return for an error; the methods of `socket` are tried then
 
-    _recv, _make_buffer = _send, bytearray  # type: ignore[assignment]
+    def _end(sock: socket.socket, how: int) -> None:
+        with contextlib.suppress(OSError):
+            sock.shutdown(how)
+
+    _recv, _close, _make_buffer = _send, os.close, bytearray  # type: ignore[assignment]
 
 # Buffers to read into; a thread that waits holds none. deque.append and deque.pop are thread-safe.
 _buffers: collections.deque[Any] = collections.deque(maxlen=8)
@@ -1213,17 +1223,16 @@ class Transport:
 
     def end_output(self) -> None:
         """Send our end of the connection (FIN)."""
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_WR)
+        _end(self.sock, socket.SHUT_WR)
 
     def end(self) -> None:
         """End both directions, which wakes the thread that waits (a close would not)."""
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RDWR)
+        _end(self.sock, socket.SHUT_RDWR)
 
     def close(self) -> None:
         """Give the descriptor back to the system."""
-        self.sock.close()
+        if (descriptor := self.sock.detach()) >= 0:
+            _close(descriptor)
 
 
 _RECORD = 16384  # bytes in one record of TLS (RFC 8446, section 5.1)
@@ -1290,8 +1299,7 @@ class TLSTransport(Transport):
                     raise ConnectionError("the peer does not read what its TLS provokes")
         # The peer has ended its TLS, or its connection without that. To us it is the same: nothing
         # more is read, and the next wait() returns at once.
-        with contextlib.suppress(OSError):
-            self.sock.shutdown(socket.SHUT_RD)
+        _end(self.sock, socket.SHUT_RD)
         return b"".join(parts)
 
     def shake_hands(self, size: int) -> bool:
@@ -1372,6 +1380,10 @@ class SwitchInterval:
     """
 
     SHORT, LONG = 0.0005, 1.0  # seconds
+    # Where thousands are woken at once, the look that finds it out may come too late: if they begin
+    # to ask before it, no thread gets far enough to look. So with more than FEW threads the
+    # interval is at least about as long as a message to all of them takes, in seconds for each.
+    FEW, PER_THREAD = 300, 0.00001
     # Seconds between two looks, at least. During a look the interval is long, and who begins to
     # wait then does not ask for so long: with a look every 5 ms, one in a hundred messages beside a
     # flood took twice as long.
@@ -1412,7 +1424,8 @@ class SwitchInterval:
         if asked > self.TOO_MANY * (now - self.looked) > 0:
             self.interval, self.until = self.LONG, now + self.HOLD
         elif now >= self.until:
-            self.interval = max(self.SHORT, self.interval / 4)
+            many = self.PER_THREAD * (_thread._count() - self.FEW)
+            self.interval = max(self.SHORT, many, self.interval / 4)
         self.looked, self.seen, self.switches = now, reads, switches
         sys.setswitchinterval(self.interval)
         # getrusage() adds up what all threads did, which takes 1 ms for 10,000 of them: at most a
@@ -1695,10 +1708,9 @@ class Connection:
         abort() where a peer takes too long.
         """
         with contextlib.suppress(OSError):
-            while True:
+            # It looks before it waits: most are gone already, perhaps thousands at once.
+            while Transport.receive(self.transport, _FULL_READ) != b"":
                 self.wait()
-                if not self.transport.sock.recv(4096):
-                    break
 
     def close(self) -> None:
         """Close the socket; the last act of its thread.
@@ -1863,6 +1875,9 @@ class RateLimit:
 # connection itself looks whether anything is due. None of this thread's work may wait, or one peer
 # would delay all others.
 
+# Seconds. With thousands of deadlines there is nearly always one due: those of a short pause are
+# served together, for it takes longer to wake the thread than to look whether anything is due.
+_SHORTEST_PAUSE = 0.02
 _LONGEST_PAUSE = 3600  # seconds; selectors take no number of any size
 
 
@@ -1942,7 +1957,7 @@ class Poller(threading.Thread):
             while not self.stopped:
                 with self.lock:
                     pause = self.timers[0][0] - time.monotonic() if self.timers else _LONGEST_PAUSE
-                self._resume_writable(min(pause, _LONGEST_PAUSE))
+                self._resume_writable(max(_SHORTEST_PAUSE, min(pause, _LONGEST_PAUSE)))
                 self._serve_requests()
                 self._call_due()
             self._serve_requests()

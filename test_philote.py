@@ -3435,6 +3435,60 @@ def test_thousands_who_speak_at_once_do_not_ask_for_the_lock_all_the_time():
             sock.settimeout(120)
             assert sock.recv(4096) == frame(10, b"all", mask=b"")
         assert cpu_seconds() - before < 3  # 0.4; where all ask all the time, 6 and more
+        before = cpu_seconds()
+        stack.close()
+        wait_until(lambda: len(os.listdir(f"/proc/{server.pid}/task")) < 20)
+        assert cpu_seconds() - before < 3  # 0.9; where all ask, or let go of the lock often, 7
+
+
+def test_the_interval_is_never_short_where_there_are_thousands_of_threads(restless, monkeypatch):
+    threads = [1300]
+    monkeypatch.setattr(philote._thread, "_count", lambda: threads[0])
+    follows = philote.SwitchInterval()
+
+    def look():
+        follows.due = 0
+        follows.count_read()
+        return sys.getswitchinterval()
+
+    assert look() == look() == pytest.approx(0.01)
+    threads[0] = 200
+    assert min(look() for _ in range(5)) == pytest.approx(follows.SHORT)
+
+
+def test_an_end_lets_go_of_the_interpreters_lock_once(server, monkeypatch):
+    """Where thousands end at once, each time costs a turn behind all the others."""
+    calls = []
+
+    def spied(name):
+        call = getattr(socket.socket, name)
+
+        def spy(sock, *arguments):
+            calls.append((threading.get_ident(), name))
+            return call(sock, *arguments)
+        return spy
+
+    for name in ("recv", "sendmsg", "shutdown", "close"):  # send() may wake the poller
+        monkeypatch.setattr(socket.socket, name, spied(name))
+    with RawClient(server, ["a"]):
+        connection, = server.admission.connections()
+        wait_until(lambda: not connection.busy)
+        own = next(ident for ident, name in calls
+                   if name == "recv" and ident != threading.get_ident())
+        calls.clear()
+    wait_until(lambda: not server.admission.connections())
+    assert [name for ident, name in calls if ident == own] in ([], ["recv"])
+
+
+def test_deadlines_close_to_each_other_wake_the_poller_once():
+    connection = SimpleNamespace(number=1, forgotten=False, on_deadline=lambda now: now + 0.001)
+    poller, rounds = philote.Poller(None), []
+    poller._serve_requests = lambda: rounds.append(time.monotonic())
+    poller.start()
+    poller.call_at(connection, time.monotonic())
+    time.sleep(0.5)
+    poller.stop()
+    assert 2 < len(rounds) < 150  # 50, and not 850
 
 
 def test_only_the_last_of_many_pings_in_one_read_is_answered(server):
