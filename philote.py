@@ -2383,6 +2383,11 @@ class Log:
         whether nothing is missing up to it.
         """
         connection = subscriber.connection
+        if past.since is None and not past.last:  # nothing of the past
+            with self.lock:
+                connection.put(before(self.position, True) + after(self.position, True))
+                self._join(subscriber, names)
+            return
         if (past.since or 0) > self.position:
             connection.flush()  # the head of the answer, before wait_until() in _find_kept()
 
