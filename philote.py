@@ -1143,7 +1143,7 @@ except (ImportError, OSError, AttributeError):  # pragma: no cover
         with contextlib.suppress(OSError):
             sock.shutdown(how)
 
-    _recv, _close, _make_buffer = _send, os.close, bytearray  # type: ignore[assignment]
+    _recv, _close, _make_buffer = _send, socket.close, bytearray  # type: ignore[assignment]
 
 # Buffers to read into; a thread that waits holds none. deque.append and deque.pop are thread-safe.
 _buffers: collections.deque[Any] = collections.deque(maxlen=8)
@@ -1158,12 +1158,13 @@ class Transport:
     answer, is called by the connection's own thread, before it closes.
     """
 
-    __slots__ = ("sock", "descriptor")
+    __slots__ = ("sock", "descriptor", "is_unix")
     owed = 0  # bytes that send() has begun to write, and must be given again; only TLS owes any
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
         self.descriptor = sock.fileno()
+        self.is_unix = sock.family == socket.AF_UNIX
 
     def wait(self) -> None:
         """Wait until there is something to read, or the end.
@@ -1175,7 +1176,10 @@ class Transport:
 
     def receive(self, size: int) -> bytes | None:
         """Read what has come, at most `size` bytes; b"" is the end, None that nothing has come."""
-        if size <= _FULL_READ:
+        # With bytes over a Unix socket, a peer may send descriptors. The call that takes the bytes,
+        # or the close that leaves them unread, closes these too, and that may wait (SO_LINGER). So
+        # both calls let go of the interpreter's lock there.
+        if size <= _FULL_READ and not self.is_unix:
             try:
                 buffer = _buffers.pop()
             except IndexError:
@@ -1211,7 +1215,7 @@ class Transport:
 
     def set_tcp(self, option: int, value: int) -> None:
         """Set an option of TCP, where this is TCP."""
-        if self.sock.family != socket.AF_UNIX:
+        if not self.is_unix:
             self.sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
     def unacknowledged(self) -> int:
@@ -1231,7 +1235,9 @@ class Transport:
 
     def close(self) -> None:
         """Give the descriptor back to the system."""
-        if (descriptor := self.sock.detach()) >= 0:
+        if self.is_unix:
+            self.sock.close()  # see receive()
+        elif (descriptor := self.sock.detach()) >= 0:
             _close(descriptor)
 
 
@@ -1423,9 +1429,10 @@ class SwitchInterval:
         asked = switches - self.switches - self.EXPLAINED * (reads - self.seen)
         if asked > self.TOO_MANY * (now - self.looked) > 0:
             self.interval, self.until = self.LONG, now + self.HOLD
-        elif now >= self.until:
+        else:
             many = self.PER_THREAD * (_thread._count() - self.FEW)
-            self.interval = max(self.SHORT, many, self.interval / 4)
+            self.interval = max(
+                self.SHORT, many, self.interval / (4 if now >= self.until else 1))
         self.looked, self.seen, self.switches = now, reads, switches
         sys.setswitchinterval(self.interval)
         # getrusage() adds up what all threads did, which takes 1 ms for 10,000 of them: at most a
@@ -1914,7 +1921,7 @@ class Poller(threading.Thread):
         """Ask for connection.on_deadline() at a point of the monotonic clock, or before.
 
         A connection has one deadline, the earliest that was asked for. on_deadline() finds out what
-        is due, and returns the next.
+        is due, and returns the next. It may be called later by _SHORTEST_PAUSE.
         """
         with self.lock:
             number = connection.number
@@ -1924,7 +1931,7 @@ class Poller(threading.Thread):
             first = not self.timers or due < self.timers[0][0]
             self.deadlines[number] = (due, connection)
             heapq.heappush(self.timers, (due, number))
-        if first:
+        if first and threading.get_ident() != self.ident:  # run() looks again before it waits
             self._wake()
 
     def forget(self, connection: Connection) -> None:
