@@ -6804,7 +6804,11 @@ def path(tmp_path, monkeypatch):
 
 
 @pytest.mark.skipif(not hasattr(socket, "send_fds"), reason="descriptors cannot be sent here")
-def test_a_descriptor_sent_over_a_unix_socket_whose_close_waits_holds_up_nobody(path):
+def test_a_descriptor_sent_over_a_unix_socket_whose_close_waits_holds_up_nobody(path, monkeypatch):
+    sent, receive = threading.Event(), philote.Transport.receive
+    sent.set()
+    monkeypatch.setattr(philote.Transport, "receive",
+                        lambda self, size: receive(self, size) if sent.wait(PATIENCE) else b"")
     with running(host="unix:" + path) as server, dial(server) as sock, RawClient(server) as other, \
             socket.create_server(("127.0.0.1", 0)) as listener, \
             socket.create_connection(listener.getsockname()) as waits, listener.accept()[0]:
@@ -6813,9 +6817,11 @@ def test_a_descriptor_sent_over_a_unix_socket_whose_close_waits_holds_up_nobody(
         with contextlib.suppress(BlockingIOError):
             while True:
                 waits.send(bytes(1 << 20))
-        begin = time.monotonic()
+        sent.clear()
         socket.send_fds(sock, [b"G"], [waits.fileno()])
-        waits.close()
+        waits.close()  # the server's is the last copy now
+        begin = time.monotonic()
+        sent.set()
         time.sleep(0.1)
         other.send(frame(9, b"?"))
         assert other.read_frame() == (10, b"?") and time.monotonic() - begin < 10
