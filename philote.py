@@ -1388,7 +1388,8 @@ class SwitchInterval:
     SHORT, LONG = 0.0005, 1.0  # seconds
     # Where thousands are woken at once, the look that finds it out may come too late: if they begin
     # to ask before it, no thread gets far enough to look. So with more than FEW threads the
-    # interval is at least about as long as a message to all of them takes, in seconds for each.
+    # interval is at least so many seconds for each above FEW: with thousands, about as long as a
+    # message to all of them takes.
     FEW, PER_THREAD = 300, 0.00001
     # Seconds between two looks, at least. During a look the interval is long, and who begins to
     # wait then does not ask for so long: with a look every 5 ms, one in a hundred messages beside a
@@ -4955,6 +4956,8 @@ class Server(socketserver.ThreadingTCPServer):
         if self.listener:
             self.socket.close()
             self.socket = self.listener
+            # What it accepts has its options, and a close must not wait, see Transport.close().
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
             return
         if self.address_family == socket.AF_UNIX:
             path = str(self.server_address)

@@ -3474,6 +3474,9 @@ def test_an_end_lets_go_of_the_interpreters_lock_once(server, monkeypatch):
 
     for name in ("recv", "sendmsg", "shutdown", "close"):  # send() may wake the poller
         monkeypatch.setattr(socket.socket, name, spied(name))
+    wait = philote.Connection.wait
+    monkeypatch.setattr(philote.Connection, "wait", lambda connection: calls.append(
+        (threading.get_ident(), "wait")) or wait(connection))
     with RawClient(server, ["a"]):
         connection, = server.admission.connections()
         wait_until(lambda: not connection.busy)
