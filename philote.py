@@ -1112,8 +1112,9 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
 # busy thread may keep the lock for a whole switch interval: one client that sent pings without end
 # raised the median time of such a message from 0.7 to 1,560 ms (CPython 3.11, interval 25 ms). But
 # these calls never wait, and take 3 us each. So they are made without letting go, by ctypes.PyDLL.
-# Then the median is 28 ms, and 2.6 with the interval of 0.5 ms that SwitchInterval sets. Where
-# there is no ctypes, the methods of `socket` do the same work.
+# Then the median is 28 ms, and 2.6 with the interval of 0.5 ms that SwitchInterval sets. The calls
+# that end a connection are made so, too, for thousands may end at once. Where there is no ctypes,
+# the methods of `socket` do the same work.
 
 _DONTWAIT = socket.MSG_DONTWAIT
 _BUFFERS_PER_WRITE = 64  # in one system call; every system has room for more (IOV_MAX is 1024)
@@ -1129,12 +1130,11 @@ try:
     _system = ctypes.PyDLL(None)
     _send: Callable[..., int] = _system.send
     _recv: Callable[..., int] = _system.recv
-    _shutdown: Callable[..., int] = _system.shutdown
     _close: Callable[..., int] = _system.close
     _make_buffer = functools.partial(ctypes.create_string_buffer, _FULL_READ)
 
     def _end(sock: socket.socket, how: int) -> None:
-        _shutdown(sock.fileno(), how)
+        _system.shutdown(sock.fileno(), how)
 except (ImportError, OSError, AttributeError):  # pragma: no cover
     def _send(*_: object) -> int:
         return -1  # that is what they return for an error; the methods of `socket` are tried then
@@ -1432,8 +1432,8 @@ class SwitchInterval:
             self.interval, self.until = self.LONG, now + self.HOLD
         else:
             many = self.PER_THREAD * (_thread._count() - self.FEW)
-            self.interval = max(
-                self.SHORT, many, self.interval / (4 if now >= self.until else 1))
+            shorter = self.interval / 4 if now >= self.until else self.interval
+            self.interval = max(self.SHORT, many, shorter)
         self.looked, self.seen, self.switches = now, reads, switches
         sys.setswitchinterval(self.interval)
         # getrusage() adds up what all threads did, which takes 1 ms for 10,000 of them: at most a
@@ -4956,7 +4956,8 @@ class Server(socketserver.ThreadingTCPServer):
         if self.listener:
             self.socket.close()
             self.socket = self.listener
-            # What it accepts has its options, and a close must not wait, see Transport.close().
+            # What it accepts has its options, and Transport.close(), which holds the interpreter's
+            # lock, must not wait.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
             return
         if self.address_family == socket.AF_UNIX:
