@@ -447,7 +447,8 @@ class Names(frozenset[str]):
 
     def cover(self, name: str) -> bool:
         """Whether a channel, or all that a pattern stands for, is among them."""
-        return name in self or name.startswith(self.prefixes)
+        # Without its star: ab* is among all that begin with a; a* is not among those with "a*".
+        return name in self or name.removesuffix("*").startswith(self.prefixes)
 
 
 _NO_NAMES = Names()
@@ -6929,9 +6930,12 @@ const inOrder = id => id.split("-").map(number => number.padStart(20, "0")).join
 /** @param {[string, Message]} one  @param {[string, Message]} other */
 const byPlace = ([one], [other]) => one < other ? -1 : 1;
 
-/** Whether a subscription brings a channel. @param {string} name  @param {string} channel */
-export const covers = (name, channel) =>
-  name === channel || name.endsWith("*") && channel.startsWith(name.slice(0, -1));
+/**
+ * Whether a channel or pattern brings another, all of it.
+ * @param {string} name  @param {string} other
+ */
+export const covers = (name, other) => name === other
+  || name.endsWith("*") && other.replace(/\*$/, "").startsWith(name.slice(0, -1));
 
 /** What a token allows, unverified; of one that cannot be read, nothing. @param {string} token */
 export const claimsOf = token => {

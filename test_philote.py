@@ -3903,6 +3903,28 @@ def test_a_pattern_lets_its_bearer_write_what_it_covers(server):
             assert writer.ask(channel=channel)["error"] == "forbidden"
 
 
+# Of each pattern, what it covers and what it does not: a** is all that begin with "a*".
+COVERED = {"a*": (["a", "ab", "a*", "ab*", "a**"], ["", "b", "*", "b*"]),
+           "a**": (["a*x", "a**", "a*x*"], ["a", "ab", "a*", "*"]),
+           "*": (["a", "*", "**"], []), "a": (["a"], ["ab", "a*", "*"])}
+
+
+def test_a_pattern_covers_only_what_all_of_is_among_what_it_stands_for():
+    for pattern, (covered, others) in COVERED.items():
+        names = philote.Names([pattern])
+        assert [*filter(names.cover, covered + others)] == covered, pattern
+
+
+def test_a_pattern_is_read_only_where_all_that_it_stands_for_may_be(server):
+    with RawClient(server, ["a**", "b*"], query="?channel=b*") as client:
+        for name in ("a*", "a", "*"):  # a** is all that begin with "a*"
+            assert client.ask(subscribe=[name])["error"] == "forbidden"
+            path = f"/?channel={name}&auth=" + make_token(["a**"])
+            assert status_of(server, upgrade_request(path)) == 403
+        for name in ("a**", "a*x", "a*x*", "b**", "bx*"):
+            assert "subscribed" in client.ask(subscribe=[name])
+
+
 def test_a_publisher_to_any_number_of_channels_is_held_in_bounds(server):
     with RawClient(server, write=["*"]) as writer:
         for i in range(3000):
@@ -6854,6 +6876,17 @@ def test_who_comes_when_a_server_is_ending_is_the_next_ones():
             assert read_response(file)[0] == 200
 
 
+def test_no_close_of_what_a_handed_over_listener_accepts_waits():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 10))
+        with philote.Server(philote.Settings(secret=SECRET), listener.dup()) as server, \
+                socket.create_connection(listener.getsockname()):
+            wait_until(server.admission.connections)
+            accepted, = server.admission.connections()
+            lingers = accepted.transport.sock.getsockopt(socket.SOL_SOCKET, socket.SO_LINGER, 8)
+            assert struct.unpack("ii", lingers)[0] == 0
+
+
 def test_over_a_unix_socket_all_is_as_over_tcp(path):
     with running(host="unix:" + path) as server:
         assert os.stat(path).st_mode & 0o777 == 0o660
@@ -7753,6 +7786,14 @@ def test_a_page_subscribes_and_publishes(server, tab, reader):
     tab.evaluate("philote.close()")
     assert tab.evaluate("philote.publish('a', 1).catch(error => error.code)") == "closed"
     assert seen(tab, "closed")[0]["delay"] is None and not tab.faults
+
+
+def test_a_page_knows_as_the_server_does_what_a_pattern_covers(tab):
+    for pattern, (covered, others) in COVERED.items():
+        assert tab.evaluate("""async ([pattern, names]) => {
+            const { covers } = await import("/philote.js");
+            return names.filter(name => covers(pattern, name)); }""",
+                            [pattern, covered + others]) == covered
 
 
 def test_each_callback_gets_each_message_once_and_what_it_asked_for_of_the_past(server, tab):
