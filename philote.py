@@ -6699,17 +6699,19 @@ def _health(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _get(arguments: argparse.Namespace, name: str, most: int | None = None,
-         token: str = "") -> tuple[int, Any]:
+def _get(arguments: argparse.Namespace, name: str, most: int | None = None, token: str = "",
+         parameters: Mapping[str, Any] = {}) -> tuple[int, Any]:
     """Ask a server over HTTP: the status, and what its JSON says, of up to `most` bytes."""
     url = split_url(arguments.url)
+    query = "&".join(filter(None, [url.query, urllib.parse.urlencode(parameters, doseq=True)]))
     kind = http.client.HTTPSConnection if url.scheme == "wss" else http.client.HTTPConnection
     connection = kind(url.hostname or "localhost", url.port, timeout=_ANSWER_TIME)
     with contextlib.closing(connection):
         if url.scheme == _WS_UNIX:
             connection.sock = _dial(url, 0)
         # As a browser finds it: a proxy may have the server below a path, ws://host/chat/
-        connection.request("GET", urllib.parse.urljoin(_path_of(url), name),
+        target = urllib.parse.urljoin(_path_of(url), name) + ("?" + query if query else "")
+        connection.request("GET", target,
                            headers={"Authorization": _bearer(token)} if token else {})
         response = connection.getresponse()
         return response.status, json.loads(response.read(most))
@@ -6824,11 +6826,10 @@ def _subscribe(arguments: argparse.Namespace) -> int:
 
 def _history(arguments: argparse.Namespace) -> int:
     def ask(**past: Any) -> tuple[list[Message], tuple[int, int], bool]:
-        query = urllib.parse.urlencode(
-            {"channel": arguments.channels, **past}, doseq=True)
         token = arguments.token or _new_token(arguments.channels)
         try:
-            status, value = _get(arguments, "api/history?" + query, token=token)
+            status, value = _get(arguments, "api/history", token=token,
+                                 parameters={"channel": arguments.channels, **past})
             if status != 200:
                 raise Unauthorized(status, str(value["reason"]))
             return ([Message(*(message.get(name, "") for name in Message._fields))

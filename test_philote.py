@@ -7342,6 +7342,9 @@ def test_history_prints_what_is_kept():
             0, "", "philote: messages may be missing here\n")
         fails("history", "secret", "--token", GOOD, says='"secret"', **at(server))
         fails("history", "a", "--since", "x", says="(HTTP 400)", **at(server))
+        with_token = f"{url_of(server)}/?auth={GOOD}"  # as for `philote subscribe`
+        assert run("history", "a", "--url", with_token) == (0, "0\n2\n", "")
+        assert run("health", "--url", with_token)[0] == 0
     fails("history", "a", "--url", free_url(), says="refused")
 
 
