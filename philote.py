@@ -186,7 +186,8 @@ def _number(low: float, high: float, what: str = "a number", convert: Any = int)
     pattern = r"[0-9]+(\.[0-9]+)?" if convert is float else "[0-9]+"
 
     def parse(text: str) -> Any:
-        # The text of more than 4,300 digits is a ValueError as well.
+        # int() and float() alone take more than an operator means: " 5", "+5", "1_000", digits of
+        # other scripts, "inf", "1e3". The text of more than 4,300 digits is a ValueError as well.
         if not re.fullmatch(pattern, text) or not low <= convert(text) <= high:
             raise ValueError
         return convert(text)
@@ -378,7 +379,10 @@ class Settings:
 
     @property
     def protected(self) -> bool:
-        """Whether anybody can make a token, so that only clients on this machine are let in."""
+        """Whether there is no key, so that anybody can sign a token: with the empty secret.
+
+        The server protects itself then: only clients on this machine are let in.
+        """
         return not self.secret and not self.public_keys
 
     @property
@@ -1448,6 +1452,16 @@ class SwitchInterval:
 # its socket, and a deadline. Whoever queues something writes it, in its own thread and without
 # waiting: no thread is woken for the ordinary case. Only what a full socket did not take is left
 # to the poller's thread, so a subscriber that does not read costs the others nothing.
+#
+#     put() --> pending -----------------> unsent --------------------> socket
+#               appended to without        [rest|bytes|bytes|...]       as much as it takes
+#               the lock, not counted      by the holder of the lock,
+#                                          counted in `size`
+#
+# As a rule, what is pending goes straight to the socket, and `unsent` stays empty. Where the socket
+# takes less, the rest goes to `unsent` (what is half written as a memoryview), `full` is set, and
+# the poller calls resume() when there is room. Until then flush() only moves what is pending to
+# `unsent`, and sees to the limit.
 
 CLOSING_TIME = 3  # seconds that a peer has to answer our end of the connection with its own
 _OVERHEAD = 64  # bytes that Python takes for an entry of a queue, beside its data
@@ -1561,6 +1575,8 @@ class Connection:
                 overflow = self._write()
             finally:
                 self.lock.release()
+            # Without the lock: to leave the channels takes Admission.lock and Log.lock, which come
+            # before this one; and finish() takes this one itself.
             if overflow:
                 handler = self.handler
                 handler.on_overflow() if handler else self.abort()
@@ -1685,14 +1701,20 @@ class Connection:
             self.last_received = time.monotonic()  # a peer that waits misses no heartbeat
 
     def catch_up(self) -> bool:
-        """Wait until all that is queued is written; False where the connection or server ends."""
+        """Wait until nothing is queued; False where the connection or server ends.
+
+        Another thread may just be writing the last of it. It holds the lock, so the order is kept.
+        """
+        # The event is cleared before the queue is looked at. So if resume() empties the queue after
+        # that look, the event is set, and the wait ends at once.
         self.written = self.written or threading.Event()
         while self.state is SUBSCRIBED and not self.server.stopping.is_set():
             self.written.clear()
             self.flush()
             if not self.size and not self.pending:
                 return True
-            # The poller sets it. Where the socket is not full, another thread is just writing.
+            # The poller sets it, but not where the server stops: hence the 0.25 s. Where the socket
+            # is not full, another thread is just writing.
             self.written.wait(0.25 if self.full else 0.001)
         return False
 
@@ -1751,7 +1773,10 @@ class Connection:
         # The times before the state: on_deadline() reads the state first, and takes no lock.
         self.cut_at, self.patience = time.monotonic() + CLOSING_TIME, patience
         self._move(CLOSING)
-        if discard:  # but a frame that the peer has a part of is finished, also what TLS has begun
+        # But a frame that the peer has a part of is finished: the front of the queue where that is
+        # a memoryview, as _write() and _drop() leave it; with TLS, the first `owed` bytes of the
+        # queue, which are encrypted already, so each entry that these reach into is kept.
+        if discard:
             begun, queued, self.unsent = self.transport.owed, self.unsent, collections.deque()
             for data in queued:
                 if begun > 0 or isinstance(data, memoryview):
@@ -1794,6 +1819,7 @@ class Connection:
         return True
 
     def _take(self) -> None:
+        # What comes behind the last words is dropped. A publisher put it in that did not know yet.
         for data in self._take_pending():
             if self.state not in (CLOSING, CLOSED):
                 self._append(data)
@@ -1842,6 +1868,8 @@ class Connection:
         self.server.poller.watch(self)
 
     def _give_up(self) -> None:
+        # `full` is left as it is. If the poller watches the socket, close() has to know; and the
+        # end of the socket makes it writable, so that the poller calls resume() and forgets it.
         self._move(CLOSING)
         self.pending.clear()
         self.unsent = _NOTHING
@@ -1854,7 +1882,11 @@ class RateLimit:
     """A token bucket. Used by one thread.
 
     It fills by `limit` a second, and holds what it gets in one second, at least 1. It may be
-    overdrawn: who took too much has to wait until it is level again.
+    overdrawn: who took too much has to wait until it is level again. It refuses nothing and waits
+    for nobody; the caller waits.
+
+        limit 10     10 at once wait for nothing; the 11th for 0.1 s, the 12th for 0.2
+        limit 0.5    the first waits for nothing, the second for 2 s
     """
 
     __slots__ = ("limit", "allowance", "at")
@@ -1891,7 +1923,21 @@ _LONGEST_PAUSE = 3600  # seconds; selectors take no number of any size
 
 
 class Poller(threading.Thread):
-    """The one thread beside the connections': it waits for full sockets and for points in time."""
+    """The one thread beside the connections': it waits for full sockets and for points in time.
+
+    A socket is registered with the selector for one event. If it is full again after that, it is
+    registered again:
+
+        watch() -> requests -> _watch(): register -> select: unregister -> Connection.resume()
+           ^---------------------------------- full again ----------------------------'
+
+    A deadline that is no longer the connection's stays in the heap, void:
+
+        call_at(c, 30)     deadlines {c: 30}    timers 30
+        call_at(c, 13)     deadlines {c: 13}    timers 13, 30
+        call_at(c, 50)     nothing: 13 comes first, and on_deadline() says then what is next
+        at 13              deadlines {}         timers 30, and on_deadline() is called
+    """
 
     def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
         super().__init__(name="philote-poller", daemon=True)
@@ -1924,6 +1970,10 @@ class Poller(threading.Thread):
 
         A connection has one deadline, the earliest that was asked for. on_deadline() finds out what
         is due, and returns the next. It may be called later by _SHORTEST_PAUSE.
+
+        on_deadline() looks at the connection without its lock. If finish() asks for an earlier time
+        meanwhile, that one stands: the deadline was taken out before, and so the later one that
+        on_deadline() returns is not heeded.
         """
         with self.lock:
             number = connection.number
@@ -1961,7 +2011,11 @@ class Poller(threading.Thread):
     # The poller's thread
 
     def run(self) -> None:
-        """Wait and work until stop()."""
+        """Wait and work until stop().
+
+        In this order: a socket that is registered is closed by _serve_requests() alone. So no event
+        that select() returned is for a descriptor that was closed, and given out anew, meanwhile.
+        """
         try:
             while not self.stopped:
                 with self.lock:
@@ -2100,7 +2154,13 @@ def parse_duration(text: str) -> int:
     return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
-Entry = tuple[int, bytes]  # a message in the log: its id, its JSON without that
+# A message in the log: its id, and its JSON without that, which is made before the id is known. The
+# id goes in behind the first brace:
+#
+#     kept           {"issuer":"0f8f...","user":"alice","channel":"news","data":"hello"}
+#     with ids       {"id":"1700000000000-0","issuer":"0f8f...","user":"alice","channel":"news",...
+#     without ids    {"issuer":"0f8f...","channel":"news","data":"hello"}
+Entry = tuple[int, bytes]
 
 
 def encode_entries(entries: Iterable[Entry]) -> list[bytes]:
@@ -2229,12 +2289,21 @@ class History:
         Of a channel that `lasts` holds, only messages from the id there on are read, see last().
         The channels `live` the subscriber had joined before: what was published there since `begun`
         is left out, for it is in the subscriber's queue, and would come twice.
+
+               lasts["a"]    lasts["b"]     begun              the end of the log
+            ---|-------------|--------------|------------------|
+               `old`: only channels of      all of `names`, which means that patterns are
+               `lasts`, from these ids on   compared; but for what `live` covers
+
+        Where there are no `lasts`, nothing is `old`; where there are, no piece goes across `begun`.
         """
         # `lasts`, if there are any, holds each channel of `names`, or of their patterns, that had
         # messages up to `begun`: so until there no patterns need to be compared.
         old = bool(lasts) and position < begun
         prefixes, begin = () if old else names.prefixes, self._index(position + 1)
-        # At least two groups, however many patterns there are: the first may end at the position.
+        # The more patterns to compare, the fewer groups under one hold of the lock: 2,002 with up
+        # to 9 patterns, 183 with 100, 21 with 1,000. At least two: the first may end at the
+        # position.
         groups = self.groups[begin:begin + _SCAN // (1 + len(prefixes) // 10) + 2]
         entries, size = list[Entry](), 0
         for first, name, payloads, _ in groups:
@@ -2305,7 +2374,12 @@ class Log:
         self.position = _now()
         self.history = History(settings, self.position)
         # By channel or pattern, and by the way they are encoded for: each subscriber's connection,
-        # with the method that puts something in its queue.
+        # with what puts something in its queue: list.append, one call less than Connection.put().
+        #
+        #     {"news":   {without_ids: {c1: c1.pending.append, c2: c2.pending.append}},
+        #      "chat.*": {with_ids:    {c3: c3.pending.append}}}
+        #
+        # `prefix_sizes` is {5: 1} then: a message to "chat.de" takes one look-up more, of "chat.*".
         self.joined: dict[str, dict[Encoder, dict[Connection, Callable[[bytes], None]]]] = {}
         self.prefix_sizes: collections.Counter[int] = collections.Counter()  # of joined patterns
         self.issuers: dict[str, Connection] = {}  # of the subscribers, by id
@@ -2337,7 +2411,9 @@ class Log:
         # CPython 3.13 takes the dictionary's lock for that, and 60 us instead of 0.1.
         #
         # What needs no id is encoded before the log's lock is taken, for those that seem to have
-        # joined: they are looked for again under it.
+        # joined: they are looked for again under it. The first match of `user` is the right one: it
+        # stands behind the issuer, a UUID; the channel and the data, which may hold the same text,
+        # come after it.
         bare = [payload.replace(user, b"", 1) for payload in payloads] if user else payloads
         try:
             seeming = self.joined[name].copy()  # without the lock, a test first would prove nothing
@@ -2387,6 +2463,11 @@ class Log:
         joined under one lock: nothing falls between. When the floor passes the position, the
         subscriber was too slow; it is told of a gap, and goes on at the end.
 
+        A piece of more than _LAST_PIECE messages is not the last, even if it reaches the end: to
+        encode it would hold the lock too long. If the client reads faster than others publish, the
+        pieces become shorter. If not, the floor overtakes it, and behind the gap there is nothing
+        left to send: so it joins in any case.
+
         `live` is what the subscriber has joined before. `before` and `after` encode what is queued
         in front of the messages and behind them. They are called with the position there, and with
         whether nothing is missing up to it.
@@ -2403,6 +2484,8 @@ class Log:
         def begin(position: int, resumed: bool) -> None:
             self.resumed += resumed and past.since is not None
             self.not_resumed += not resumed
+            # What it had joined before it gets all the while, between the pieces of the past. So
+            # that it was sent an id does not mean that it has all up to it.
             subscriber.live = False
             connection.put(before(position, resumed))
 
@@ -2536,8 +2619,10 @@ class Log:
     def _walk(self, names: Names, past: Past, live: Names, kept: tuple[Iterable[str], int],
               begin: Callable[[int, bool], None], tell_gap: Callable[[int], None],
               ) -> Iterator[tuple[list[Entry], int, bool, bool]]:
-        # Each step is taken by the holder of the lock, and yields a piece of the past, the position
-        # behind it, whether nothing was missing so far, and whether the log ends there.
+        # A generator: all of its body, from the first line on, runs within next(), which the holder
+        # of the lock calls. Between two steps the lock is let go of, and the log moves on. A step
+        # yields a piece of the past, the position behind it, whether nothing was missing so far,
+        # and whether the log ends there.
         # What `last` asks for comes first. To list its ids might take more memory than the client's
         # queue may, so this walks from the oldest of it through all that was published since.
         history, begun = self.history, self.position
@@ -2605,6 +2690,12 @@ class Batch:
 
     All are queued first, then each subscriber is written to once: under load, one system call
     carries many messages.
+
+        add() --> payloads, of one channel --deliver()--> Log.append(): in the subscribers' queues
+                     |                                        |
+                     '- another channel: deliver() first      '-> touched --flush()--> sockets
+
+    So another channel costs an entry of the log more, and no write.
     """
 
     __slots__ = ("log", "issuer", "user", "connection", "least", "limit", "channel", "payloads",
@@ -2653,6 +2744,7 @@ class Batch:
         if self.payloads:
             self.connection.published += len(self.payloads)
             self.log.publish(self)
+            # Only now: if that raised, the next deliver() publishes them again, see Log.append().
             self.payloads, self.tells = [], []
 
     def flush(self) -> None:
@@ -2707,9 +2799,10 @@ class Batch:
 # id of its first message is MILLISECONDS-(N << 16), and each next one is higher by 1. All servers
 # make the same ids of the same entry, so a client may come back to any of them.
 #
-# The fields of an entry, in this order; _Entry finds them by their places. The JSON of `user` is
-# only a piece, "user":"alice", with its comma, or nothing (see Batch.user).
+# The fields of an entry, in this order; they are found by their places. The JSON of `user` is only
+# a piece, "user":"alice", with its comma, or nothing (see Batch.user).
 #
+#     0       1 2      3  4      5 6       7    8      9  10   11   12      13   14      15
 #     philote 1 server ID number N channel NAME issuer ID user JSON message JSON message JSON ...
 #     philote 1 server ID number N heartbeat JSON
 #     philote 1 server ID number N end JSON         see RedisLog.end_connections()
@@ -2849,6 +2942,10 @@ class Outbox:
         Entries are sent in the order of their numbers. So those with lower numbers that have not
         come back by now are lost, and appended again. They get new numbers: a read thread drops an
         entry whose number is not above the last one.
+
+            5, 6 and 7 were sent, and Redis has lost 5 and 6. When 7 is read back:
+            the read thread, which expected 5, tells of a gap, and expects 8
+            take_back(7) returns 7; what was 5 and 6 is sent again as 8 and 9
         """
         with self.changed:
             lost = []
@@ -2858,6 +2955,7 @@ class Outbox:
             found = lost.pop() if lost and lost[-1].number == number else None
             for entry in lost:
                 self.put(entry)
+            # After restore() `unsent` had them already, and what was found, too.
             if lost:
                 self.unsent = collections.deque(e for e in self.entries if not e.sent)
             return found
@@ -2915,7 +3013,9 @@ class RedisLog(Log):
         self.failure = ""  # why the log cannot be reached; outbox.changed guards these three
         self.failed_at = 0.0  # when that began
         self.heard_until = 0.0  # up to when we had read, at that time, what other servers wrote
-        self.breaks = 0  # how often both connections had to be opened again; the append thread's
+        # How often both connections had to be opened again: the append thread counts, and the read
+        # thread, which it cannot interrupt, ends its loop when it sees another number.
+        self.breaks = 0
         self.written = 0  # entries; the append thread's
         # Whether a heartbeat is on its way: set by the append thread, undone by the read thread, so
         # that none pile up during a break.
@@ -2988,7 +3088,14 @@ class RedisLog(Log):
         self.outbox.put(Outgoing(fields, batch.tells, batch.connection))
 
     def end_connections(self, whom: Mapping[str, str]) -> tuple[int, bool]:
-        """End connections of all servers, our own at once; the others are asked through the log."""
+        """End connections of all servers, our own at once; the others are asked through the log.
+
+            here              end {"ask": A, "whom": {"user": "alice"}}   -> log -> all servers
+            all servers       ended {"ask": A, "count": 2}                -> log -> here: asked[A]
+
+        Returns how many, and whether all servers that are known answered in time. Our own answer
+        counts only who came since: to end somebody twice counts once.
+        """
         count, ask, answers = self.end_own(**whom), uuid.uuid4().hex, dict[str, int]()
         # Our own answer is waited for, too. Where no other server is known, nothing else would
         # show that the question is in the log, to be found by those that are not known.
@@ -3121,6 +3228,7 @@ class RedisLog(Log):
             finally:
                 with contextlib.suppress(self.redis.RedisError, OSError):
                     connection.disconnect()
+            # Random, for the connections of all servers may have ended at the same moment.
             self.closing.wait(random.uniform(0.1, 0.4))
 
     def _execute(self, connection: Any, *commands: Sequence[Any]) -> Any:
@@ -3357,6 +3465,7 @@ class RedisLog(Log):
                 self._receive_notice(entry)
                 if own:  # a heartbeat, in most cases
                     self.ahead = first - _now()
+                # The position moves on where nobody publishes, too: History goes by it (`now`).
                 with self.lock:
                     self.position = first
         except Exception:  # for want of memory: some may have it, and others not
@@ -3484,7 +3593,9 @@ class Subscriber:
         self.rest = rest  # what was read together with the request, and is not part of it
         # Guarded by the log's lock.
         self.encoder = self.encoders[past.resumable]
-        self.live = False  # whether it gets all that is published to its channels, or catches up
+        # Whether it gets all that is published to its channels. False while it catches up, when
+        # position_for() must not tell it an id that it has not come to.
+        self.live = False
         # The poller's: how many bytes were written when it last found more, and when that was.
         self.sent, self.quiet_since = 0, 0.0
 
@@ -3666,6 +3777,12 @@ class WebSocket(Subscriber):
         A client that sends without end keeps its thread busy for ever. Ten of them would leave any
         other publisher an eleventh of the interpreter's time. So they take turns, and have one
         share of it together (Server.take_turn).
+
+        frames.send(data), and then next(frames), give item by item what was read, and None when it
+        is used up. _take_apart() works through them within a turn, and stops early behind an item
+        that may hold it up: one for the library (bytes), a subscription that asks for the past
+        (`asked`), or one for which the peer has to wait (`delay`). The turn is given back and all
+        is written before that is seen to; then it goes on with the next item.
         """
         while data := self.rest or self.connection.read(self.read_size):
             self.rest = b""
@@ -3812,7 +3929,7 @@ class WebSocket(Subscriber):
         if self.end(CloseReason.INTERNAL_ERROR, "ping timeout"):
             connection.log(logging.INFO, "%s nothing came for %g seconds, disconnected",
                            self.id, now - heard)
-        connection.abort()
+        connection.abort()  # not in CLOSING_TIME: a dead peer will not answer the close
         return math.inf
 
     # Any thread
@@ -3940,9 +4057,36 @@ class EventStream(Subscriber):
 #
 # A connection's requests are answered one by one, in order. Each has to be there, with its body,
 # before a deadline: a thread costs too much to be held by a client that sends a byte now and then.
+#
+#     POST /api/publish HTTP/1.1               HTTP/1.1 200 OK
+#     Host: localhost:6380                     Date: Sat, 28 Nov 2026 18:00:00 GMT
+#     Authorization: Bearer eyJ...             Content-Length: ...
+#     Content-Length: 36                       Content-Type: application/json
+#                                              Access-Control-Allow-Origin: *
+#     {"channel": "news", "data": "hello"}     Vary: Origin
+#
+#                                              {"issuer": "...", "id": "17...-0", "receivers": 3}
+#
+# A refusal looks the same: another status, and {"error": "unauthorized", "reason": "..."}.
+#
+# How HTTPHandler goes through a request, and the connection's state (State) after each step:
+#
+#     run               READING     the deadline is REQUEST_TIMEOUT from now, for all of it
+#     _read_request     ANSWERING   the head is there; what came behind it waits in `buffer`
+#     _answer                       path, Origin, method, token, parameters; then the endpoint
+#       read_body       READING     only if the endpoint wants a body; the deadline is the same
+#                       ANSWERING   the body is there; what came behind it is in `buffer`
+#     _respond          READING     the answer is queued, and the next request is read
+#     or _subscribe     SUBSCRIBED  the connection is a Subscriber's now, and so is `buffer`
+#
+# While an answer is made nothing else is read: requests that come early (pipelining) wait in
+# `buffer` or in the socket. The deadline can end a connection only while it is READING. An
+# HTTPError that is raised on the way becomes the answer. A ConnectionError is raised where somebody
+# has ended the connection meanwhile; run_connection() takes that for a peer that is gone.
 
 # Limits of a head: bytes, fields, bytes of the target, parameters of the query in it. 8 KiB have
-# room for 4,000 parameters, each of which costs far more than its bytes.
+# room for 4,000 parameters, each of which costs far more than its bytes; 1,100 are as many channels
+# as MAX_SUBSCRIPTIONS allows by default, and some more.
 MAX_HEAD_SIZE, MAX_HEADERS, MAX_TARGET_SIZE, MAX_PARAMETERS = 16384, 100, 8192, 1100
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2; no JSON Web Token is meant
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/1\.([01])" % _TOKEN)
@@ -4060,7 +4204,7 @@ def decode_request(head: bytes) -> Request:
     try:
         if not _HOST_FIELD.fullmatch(host):  # 255 bytes at most: to decode them takes 0.1 ms
             raise ValueError
-        host.encode("ascii").decode("idna")  # raises UnicodeError
+        host.encode("ascii").decode("idna")  # UnicodeError, a ValueError, for "xn--" with nonsense
     except ValueError:
         raise HTTPError(400, "there must be one Host header, naming a host") from None
     return Request(method, path or "/", parsed, headers, "1." + minor)
@@ -4093,7 +4237,8 @@ class HTTPHandler:
     """Reads requests from a connection and answers them, until it ends or becomes a subscriber.
 
     To ask is cheaper than to answer. So a request without a good token, or with bad messages, is
-    charged to its connection; after too many of these, the next one is read later.
+    charged to its connection; after too many of these, the next one is read later. So are requests
+    that need no token: about 8 a second for /health are free.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -4112,6 +4257,8 @@ class HTTPHandler:
 
     def on_deadline(self, now: float) -> float | None:
         """End the connection when a request takes too long to come."""
+        # run() asks for one deadline, and this finds out what has become of it: so it need not be
+        # asked for anew with each request.
         if self.connection.state is ANSWERING:
             return now + 1
         if now < self.deadline:
@@ -4149,12 +4296,16 @@ class HTTPHandler:
             except HTTPError as error:
                 self.server.refuse(self.connection.address, error)
                 response = error.response()
-                if self.connection.state is READING:  # it was refused before it was whole
+                # Refused before it was whole. From here on, the deadline puts no 408 behind this
+                # answer; and where it was faster, _move() raises.
+                if self.connection.state is READING:
                     self._move(ANSWERING)
             if not self._respond(request, response):
                 return None
             if self.charge and (delay := self.connection.charge(self.charge)):
                 self.connection.pause(delay)
+            # Before the state, which on_deadline() looks at first: else it would hold the deadline
+            # of this request against the next.
             self.deadline = time.monotonic() + self.timeout
             self._move(READING)
 
@@ -4166,8 +4317,11 @@ class HTTPHandler:
         while True:
             self.buffer = self.buffer.lstrip(b"\r\n")  # RFC 9112, section 2.2
             self.begun = bool(self.buffer)
-            if self.begun:  # counted for the peer, a proxy perhaps, until its head names a client
+            # The connection of a proxy carries requests of many clients. It was counted for the
+            # last one's; from here on it is for the proxy, until the head names this one's.
+            if self.begun:
                 self.server.admission.rename(self.connection, self.connection.peer)
+                # As TLS would be: its empty line might never come. "$" where a part of it has come.
                 if not re.match(_TOKEN + b"( |$)", self.buffer):
                     raise HTTPError(400, "this is not HTTP/1.1")
             head, is_whole, rest = self.buffer.partition(b"\r\n\r\n")
@@ -4189,7 +4343,11 @@ class HTTPHandler:
         return request
 
     def read_body(self, request: Request) -> bytes:
-        """Read what follows a head. Raises HTTPError."""
+        """Read what follows a head, up to MAX_MESSAGE_SIZE bytes.
+
+        Raises HTTPError, also for a body in chunks: there is one way only to tell where a body
+        ends. Raises ConnectionError where the connection ends first, or its deadline is over.
+        """
         length = request.headers.get("content-length")
         limit = self.server.settings.max_message_size
         if length is None or "transfer-encoding" in request.headers:
@@ -4215,7 +4373,10 @@ class HTTPHandler:
 
     def publish(self, request: Request,
                 messages: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-        """Publish messages, as slowly as MAX_MESSAGE_RATE demands; returns an answer for each."""
+        """Publish messages, as slowly as MAX_MESSAGE_RATE demands; returns an answer for each.
+
+        Raises HTTPError: 403, 429, 401 for a token that expired meanwhile, 503 for want of Redis.
+        """
         connection = self.connection
         connection.received += len(messages)
         for channel, _ in messages:
@@ -4239,6 +4400,9 @@ class HTTPHandler:
                 raise HTTPError(503, "the server is shutting down", "shutting_down")
             reason = self.server.log.reason or "too much waits for Redis"
             raise HTTPError(503, f"nothing was published: {reason}", "unavailable", _RETRY)
+        # An issuer that no subscriber has, so that nobody is left out as the publisher. tell() is
+        # called under the log's lock: in this thread, or with Redis by the read thread, when the
+        # message has come back. It counts the receivers of this server.
         issuer, answers, done = str(uuid.uuid4()), dict[int, dict[str, Any]](), threading.Event()
 
         def tell(index: int, position: int, receivers: int) -> None:
@@ -4257,6 +4421,8 @@ class HTTPHandler:
         return [answers[index] for index in range(len(messages))]
 
     def _answer(self, request: Request) -> Response:
+        # A WebSocket may be opened at any path. Browsers ask for OPTIONS without a token, before
+        # they send another page's request (CORS). To HEAD the endpoint answers as to GET.
         if request.wants_upgrade:
             check_upgrade(request)
             methods = {"GET": UPGRADE}
@@ -4287,10 +4453,13 @@ class HTTPHandler:
         return endpoint.answer(self, request)
 
     def _respond(self, request: Request | None, response: Response) -> bool:
-        # Returns whether another request may follow. A body that nobody read would be taken for it.
+        # Returns whether another request may follow. Not where nobody knows where this one ends:
+        # its head was refused (`request` is None), or its body was not read, and would be taken for
+        # the next request. Nor behind a refused upgrade, for its client may have sent frames.
         going_on = bool(request and request.keeps_alive and not request.wants_upgrade
                         and not self.unread and not response.subscriber)
-        # Its own headers come first, and its own Vary replaces that of CORS: it names Origin, too.
+        # Twice: first for their place in front, last so that a Vary of its own replaces that of
+        # CORS, which it includes.
         headers = {**response.headers, **self.cors, **response.headers}
         if not going_on:
             # Upgrade is for one hop only, which Connection has to say (RFC 9110, section 7.8).
@@ -4344,7 +4513,8 @@ def client_address(request: Request, peer: str) -> str:
     """Find out whose request this is: the peer's, or the client's that a local proxy names.
 
     Only the last address counts: the proxy itself has added it. What stands before that was sent to
-    the proxy, and may be made up.
+    the proxy, and may be made up. A proxy on another machine is not believed at all: what it brings
+    counts as one client's.
     """
     if is_loopback(peer) and "x-forwarded-for" in request.headers:
         last = request.headers["x-forwarded-for"].rpartition(",")[2].strip()
@@ -4364,6 +4534,17 @@ def check_origin(settings: Settings, request: Request) -> str:
     """Check where a browser's page comes from (RFC 6454).
 
     Returns what the browser may be told: the origin that was checked, `*` for any, or nothing.
+
+        CHECK_ORIGIN       Origin                       result
+        false              any, or none                 "*"
+        true, or a list    none: no page of another     ""
+                           site sent this
+        true, or a list    as Host says                 the origin
+        a list             in the list                  the origin
+        true, or a list    any other                    403
+
+    By default any page may come, since there are no cookies here: without a token it can do
+    nothing. While there is no SECRET, check_local() looks at the origin as well.
     """
     allowed, origin = settings.check_origin, request.headers.get("origin")
     if not allowed:
@@ -4378,7 +4559,11 @@ def check_origin(settings: Settings, request: Request) -> str:
 
 
 def authorize(handler: HTTPHandler, request: Request) -> AccessKey:
-    """Find a good token, in the header (RFC 6750, section 2.1) or else in the query."""
+    """Find a good token, in the header (RFC 6750, section 2.1) or else in the query.
+
+    Raises HTTPError: 401; 503 where the keys of an identity provider cannot be had. To wait for
+    these is to let the peer wait: Connection.pause(), which ends when it hangs up.
+    """
     server, connection = handler.server, handler.connection
     if server.settings.protected:
         check_local(request)
@@ -4454,13 +4639,20 @@ def follow_events(handler: HTTPHandler, request: Request) -> Response:
     kinds = {word.partition(";")[0].strip() for word in request.tokens("accept")}
     if not kinds & {"", "*/*", "text/*", "text/event-stream"}:
         raise HTTPError(406, "this is a text/event-stream")
+    # Without a length, and not in chunks: it ends with the connection. The third header is for
+    # nginx, which would gather events before it passes them on.
     headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
                "X-Accel-Buffering": "no", **_CLOSE}
     return Response(200, b"", headers, stream)
 
 
 def tell_history(handler: HTTPHandler, request: Request) -> Response:
-    """GET /api/history: what is kept, some MAX_QUEUE_SIZE bytes at most; there is more behind `id`.
+    """GET /api/history: what is kept, some MAX_QUEUE_SIZE bytes at most.
+
+        {"messages":[{"id":"17...-3","issuer":"0f8f...",...}],"id":"17...-9","complete":true}
+
+    What comes behind these is answered to since=17...-9. `complete` is false where messages behind
+    the `since` that was asked for are no longer kept.
     """
     names, past = find_past(handler, request)
     if not past.resumable:  # neither `since` nor `last` was given: all that is kept
@@ -4628,8 +4820,18 @@ class Admission:
     """The connections that there are, within the limits of the settings.
 
     Each is here once: among the subscribed, or among the pending ones of its address, which are
-    new, or HTTP clients, or closing. Where those are too many, the address that has most loses its
-    oldest; to have shown a good token makes a connection the youngest again.
+    new, or HTTP clients, or closing.
+
+        admit --> pending of its peer's address -- rename --> pending of its client's address
+                    ^                                            |
+                    | leave: it is closing                       | subscribe, or 503 "full"
+                    '---------------- subscribed <---------------'
+
+        remove, from either, when its thread ends: what it counted is added to `gone`
+
+    To refuse newcomers when there are too many pending would let anybody keep out all others, by
+    connecting and saying nothing. So the address that has most loses its oldest, which is cut off
+    without an answer; to have shown a good token makes a connection the youngest again.
     """
 
     def __init__(self, settings: Settings, stopping: threading.Event) -> None:
@@ -4897,11 +5099,14 @@ class Server(socketserver.ThreadingTCPServer):
         with Server(Settings(port=0)) as server:
             print(server.port)
 
-    It listens from the start: raises OSError where it cannot, SettingsError where it cannot use
-    what the settings name, ImportError and PhiloteError where a package for that is missing. With
-    a `listener`, a socket that listens already, it serves on that. `is_over` ends the wait for a
-    Redis that is not there yet, once it returns true. `server_address` holds the port that it got
-    for port 0. `failure` says why it cannot go on, once that is so.
+    It listens from the start, with REDIS_URL once it has read the log; newcomers wait in the
+    system's queue until the block begins. With a `listener`, a socket that listens already, it
+    serves on that. `is_over` ends the wait for a Redis that is not there yet, once it returns true.
+    `server_address` holds the port that it got for port 0. `failure` says why it cannot go on, once
+    that is so.
+
+    Raises OSError where it cannot listen, SettingsError where it cannot use what the settings name,
+    ImportError and PhiloteError where a package for that is missing.
     """
 
     allow_reuse_address = True
@@ -4958,7 +5163,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.socket.close()
             self.socket = self.listener
             # What it accepts has its options, and Transport.close(), which holds the interpreter's
-            # lock, must not wait.
+            # lock, must not wait. Zeros are a `struct linger` that is off.
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, bytes(8))
             return
         if self.address_family == socket.AF_UNIX:
@@ -5036,7 +5241,13 @@ class Server(socketserver.ThreadingTCPServer):
 
     # The accepting thread. What socketserver calls a request is a connection. Its serve_forever()
     # waits for a newcomer, half a second at most; if there is one, it calls get_request() and then
-    # process_request(); and in each round service_actions().
+    # process_request(); and in each round service_actions(). What these raise, it takes so:
+    #
+    #     get_request()        OSError: the next round, please; anything else ends the thread
+    #     process_request()    Exception: handle_error(), then shutdown_request()
+    #     service_actions()    anything ends the thread, as _Stopped shall
+    #
+    # The listening socket does not block: process_request() goes on until nobody waits there.
 
     def _accept(self) -> None:
         try:
@@ -5168,7 +5379,9 @@ class Server(socketserver.ThreadingTCPServer):
             self._end_connection(connection)
 
     def _end_connection(self, connection: Connection) -> None:
-        # Whatever raises here, even for want of memory: what stands under `finally` is done.
+        # Whatever raises here, even for want of memory: what stands under `finally` is done. Until
+        # drain() is over the poller may end it, so forget() comes later; and remove() is last, for
+        # stop() waits until none is left.
         try:
             # It may have left already. But whoever ended it may have been faster than its own
             # thread, which then joined channels after that.
@@ -5190,7 +5403,11 @@ class Server(socketserver.ThreadingTCPServer):
                         self.switch_interval.count_read()
 
     def take_turn(self, size: int) -> contextlib.AbstractContextManager[Any]:
-        """Let one thread at a time work on much input, where all share one interpreter's lock."""
+        """Let one thread at a time work on much input, where all share one interpreter's lock.
+
+        `size` is that of the input, in bytes; with little of it nobody waits. Why: see
+        WebSocket.read_messages().
+        """
         return (self.turn if size >= _LARGE_READ and self.interpreter_lock
                 else contextlib.nullcontext())
 
@@ -5248,6 +5465,9 @@ class Server(socketserver.ThreadingTCPServer):
         # 3. Subscribers get their close behind what is queued.
         # 4. So do the others, who could still ask for /health until here.
         # 5. Who has not ended is cut off, and their threads have the time that is left.
+        #
+        # With the default of 10 s, step 2 ends after 8 s at the latest, steps 1, 3 and 4 after 9.
+        # As a rule each is done within milliseconds.
         patience = deadline - time_to_cut
         working = ANSWERING, SUBSCRIBED
         self._wait_until_none(lambda c: c.busy and c.state in working, patience)
@@ -5383,7 +5603,8 @@ _CHECK, _CAUGHT_UP = "check", "caught up"
 # What is raised where an answer is decoded and its members are looked up, and it is not one that a
 # Philote server sends. To check each member first would take more code than it protects.
 _NO_PHILOTE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-# Close codes with which another attempt would end as well, so that there is none.
+# Close codes with which another attempt would end as well, so that there is none: what the server
+# could not read it would be sent again, and what was too large for us would come again.
 _FINAL = {CloseReason.PROTOCOL_ERROR, CloseReason.INVALID_FRAME_PAYLOAD_DATA,
           CloseReason.MESSAGE_TOO_BIG}
 
@@ -5425,6 +5646,12 @@ class ConnectionClosed(PhiloteError):
 class _Request:
     """A message, a subscription or its end, which the server answers by its ref.
 
+        _ask()           enters it in Client._requests and sends it; before the end of step 4 it is
+                         only entered
+        _send_again()    sends it on a new connection, by the same ref, if it is still unanswered
+        _answer()        removes it: for the server's answer, or for its own message in a replay
+        _await()         finds the answer in it, where somebody waits
+
     Guarded by Client._changed.
     """
 
@@ -5435,8 +5662,9 @@ class _Request:
         self.awaited = awaited  # whether somebody waits for the answer
         self.link: _Link | None = None  # the connection that it was sent on last
         self.answer: dict[str, Any] | PhiloteError | None = None
-        # Of a subscription: the ids of messages that came before its answer. If the connection is
-        # lost then, the subscription is sent again and brings the same messages once more.
+        # Of a subscription: the ids of messages that came before its answer. The same may come once
+        # more: for another subscription that is not answered yet, or for this one, if it is sent
+        # again because the connection was lost.
         self.brought: set[str] = set()
 
     @functools.cached_property
@@ -5449,7 +5677,8 @@ class _Request:
         return json.dumps("" if data is None else data)
 
     def encode(self, ref: str) -> str:
-        # With the ref as the last member of the JSON object, so that the data is encoded once.
+        # The ref goes behind the last member, {"channel": "a", "data": 1, "ref": "12"}, so that the
+        # data is encoded once.
         return self.text[:-1] + f', "ref": "{ref}"}}'
 
 
@@ -5746,6 +5975,13 @@ class Client:
         """
 
     def _connect(self) -> _Link:
+        # For a client that follows news and chat.*, whose star is percent-encoded:
+        #
+        #     first    GET /?since=now&channel=chat.*&channel=news
+        #     later    GET /?since=7-0&channel=chat.*&channel=news    7-0 is its position
+        #
+        # The server answers both with "connected" first, see _begin(). With reconnect=False and
+        # nothing of the past there is no `since`, and so neither ids nor that message.
         past = {"since": self._position} if self._position else self._past
         parameters = [*past.items()]
         later: list[str] = []  # channels that do not fit into the query; _begin() joins them
@@ -5861,6 +6097,8 @@ class Client:
             except (PhiloteError, OSError) as again:
                 error, pause = again, min(2 * pause, _LAST_PAUSE)
                 continue
+            # Also where close() was called meanwhile: then _run() finds it aborted, comes here
+            # again, and the client gets its end below.
             if self._closing:
                 link.abort()
             else:
@@ -6058,7 +6296,9 @@ class _Link:
     """One connection to a server, which has let us in. Read by one thread; any may send."""
 
     channels = Names()  # that the server joined at the beginning
-    patience = math.inf  # seconds that the server may be silent
+    # Seconds that the server may be silent: 10 for its first message, then twice its `ping`. Where
+    # it does not tell that, without ids, only the system notices that a network is dead.
+    patience = math.inf
 
     def __init__(self, url: urllib.parse.SplitResult, token: str,
                  parameters: Sequence[tuple[str, Any]], max_message_size: int) -> None:
@@ -6191,7 +6431,8 @@ class _ClientSocket:
     Why not a blocking socket: only one thread at a time may use a TLS object; a socket's timeout
     counts anew with each call, so an answer that comes byte by byte never exceeds it; and it is the
     same for reading and for writing. So no call here blocks. Each is made under one lock, and
-    threads wait outside of it, in poll(), which abort() wakes.
+    threads wait outside of it, in poll(). abort() ends both directions of the socket, which makes
+    it ready for everything: both threads wake, find `aborted`, and raise.
     """
 
     def __init__(self, transport: Transport) -> None:
@@ -6281,6 +6522,14 @@ class _ClientSocket:
 # SIGINT ended it; 1 where it failed; 2 where its arguments or settings are not allowed. Standard
 # output is for what other programs read: a token, messages, a line each. All else is told on
 # standard error, errors in words and not as a traceback.
+#
+# 1 is also the answer no: of `health` where a server does not serve, of `token --check` for a token
+# that is refused. `check` ends with 2 for whatever it finds, a Redis that is away as well. Output
+# to a pipe whose reader has gone ends a command with 0.
+#
+# The commands that need a token take --token, or PHILOTE_TOKEN, or make one with SECRET, for just
+# the channels named. It has no end, for only the server gets to see it. Without a SECRET the empty
+# one signs it: that is good at a server on this machine that has none either.
 
 _EXAMPLES = {
     "": "example, in three terminals:\n  philote serve\n  philote subscribe news\n"
@@ -6370,6 +6619,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _add_url(command: argparse.ArgumentParser, default: str, default_shown: str) -> None:
+    # argparse hands a default that is text to `type`, too: so a bad PHILOTE_URL is refused as well.
     command.add_argument("--url", type=_parse_url, default=os.environ.get("PHILOTE_URL", default),
                          help=f"server (default: PHILOTE_URL, or {default_shown})")
 
@@ -6478,6 +6728,15 @@ def _on_one_line(text: str) -> str:
 
 
 # philote serve
+#
+#     settings      one that is not allowed: status 2
+#     signals       SIGINT, SIGTERM and SIGHUP are blocked: from here on they wait to be taken
+#     Server()      waits for Redis, where there is one (a signal to stop: status 0); then listens
+#     with server:  its threads are started; READY=1 to systemd
+#     sigwait()     SIGHUP: certificate and keys are read again; SIGINT and SIGTERM go on below
+#     STOPPING=1    SIGALRM is set as the last resort, and SIGINT and SIGTERM are let through again:
+#                   a second one ends the process at once, with status 1
+#     the end       Server.stop() by the end of the block; then a second for the log's last lines
 
 def _serve(_: argparse.Namespace) -> int:
     settings = Settings.from_environ(os.environ)
@@ -6510,7 +6769,8 @@ def _serve(_: argparse.Namespace) -> int:
         return 1
     if server.interpreter_lock:
         server.switch_interval = SwitchInterval()
-    # Where one of its threads cannot go on, the server stops as by a signal, and returns 1.
+    # Where one of its threads cannot go on, the server stops as by a signal, and returns 1. The
+    # signal waits, as any does, until this thread takes it.
     server.on_failure = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
     with server:
         _greet(server)
@@ -6531,6 +6791,7 @@ def _serve(_: argparse.Namespace) -> int:
 
 
 def _reload(server: Server) -> None:
+    # The second line is what Type=notify-reload wants: by it systemd tells this reload from others.
     _notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         log.info("SIGHUP: %s again; the settings are read at the start", server.reload())
@@ -6540,7 +6801,11 @@ def _reload(server: Server) -> None:
 
 
 def _take_listener() -> socket.socket | None:
-    """Take the socket that systemd listens on for us, where it does (sd_listen_fds(3))."""
+    """Take the socket that systemd listens on for us, where it does (sd_listen_fds(3)).
+
+    It gives descriptors from 3 on, LISTEN_FDS of them. LISTEN_PID says to whom: a process that has
+    only inherited the variables must not take them. HOST and PORT are not used then.
+    """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return None
     if (count := os.environ.get("LISTEN_FDS", "")) != "1":
@@ -6555,7 +6820,11 @@ def _take_listener() -> socket.socket | None:
 
 
 def _notify(*lines: str) -> None:
-    """Tell systemd how we are, where it wants to know (sd_notify(3))."""
+    """Tell systemd how we are, where it wants to know (sd_notify(3)).
+
+    By a datagram of NAME=value lines to the Unix socket NOTIFY_SOCKET, in which "@" stands for the
+    zero byte of an abstract name. Nothing of ours depends on it, so a failure is not told.
+    """
     if path := os.environ.get("NOTIFY_SOCKET"):
         with contextlib.suppress(OSError), socket.socket(
                 socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
@@ -6709,7 +6978,8 @@ def _get(arguments: argparse.Namespace, name: str, most: int | None = None, toke
     with contextlib.closing(connection):
         if url.scheme == _WS_UNIX:
             connection.sock = _dial(url, 0)
-        # As a browser finds it: a proxy may have the server below a path, ws://host/chat/
+        # As a browser finds it: a proxy may have the server below a path, ws://host/chat/ (without
+        # the last slash, its last part is replaced, as in the links of a page).
         target = urllib.parse.urljoin(_path_of(url), name) + ("?" + query if query else "")
         connection.request("GET", target,
                            headers={"Authorization": _bearer(token)} if token else {})
@@ -6719,6 +6989,8 @@ def _get(arguments: argparse.Namespace, name: str, most: int | None = None, toke
 
 # philote token
 
+# Only these are read: what is wrong with a setting of the server alone is no reason for `token`,
+# `subscribe` or `publish` to fail.
 _TOKEN_SETTINGS = "SECRET", "OLD_SECRET", "PUBLIC_KEYS", "CLAIM", "AUDIENCE", "ISSUER"
 
 
@@ -6769,7 +7041,8 @@ class _CommandClient(Client):
                  writes: Sequence[str] = (), **options: Any) -> None:
         self.arguments = arguments
         # `philote publish` follows no channel (channels=()). But a token made here allows reading
-        # the one that it writes: who comes back finds out which of the messages have arrived.
+        # the one that it writes: who comes back finds out which of the messages have arrived (see
+        # step 2 of the section above).
         super().__init__(arguments.url, arguments.token or _new_token(channels, writes),
                          channels=() if writes else channels, **options)
 
@@ -6842,6 +7115,10 @@ def _history(arguments: argparse.Namespace) -> int:
 
     # Messages come in pages. The last is the one that reaches the position that the log has now. To
     # go on until a page is empty might take for ever, as others may publish faster than this reads.
+    #
+    #     ?channel=news&since=now     nothing, and the id 9-4: the end
+    #     ?channel=news               some MAX_QUEUE_SIZE bytes of messages, up to the id 8-0
+    #     ?channel=news&since=8-0     the others, up to 9-4
     _, end, _ = ask(since="now")
     past = _given(since=arguments.since or None, last=arguments.last)
     while True:
@@ -6874,9 +7151,27 @@ def _publish(arguments: argparse.Namespace) -> int:
 #
 # The class Client hands all messages to one receive(), so one position is enough. Here several
 # subscriptions may match a message, and each may have asked for another past. So each has a cursor,
-# and its callback gets only what is above that. Those without one that ask for the same past are
-# joined by one request when a connection begins. Those that have one go on from one position when
-# the connection comes back.
+# the id up to which it has everything; its callback gets only what is above that.
+#
+# A new subscription has no cursor. It is asked for by a request (those that want the same past by
+# one), and gets its cursor with the answer. When the connection comes back, its URL names the
+# channels of all that have a cursor, and one position for them: so each drops what it has had. What
+# was not answered before, or does not fit into the URL, is asked for by requests again.
+#
+#     first    GET /?since=now&channel=news&auth=TOKEN    a name of the token's, see #address()
+#              server -> page   {"connected": {"id": "7-0", "channels": ["news"], ...}}
+#              page -> server   {"unsubscribe": ["news"]}, which nobody has asked for
+#              page -> server   {"subscribe": ["chat"], "last": 10, "ref": "1"}
+#              server -> page   10 messages; {"subscribed": {"id": "7-0", ...}, "ref": "1"}
+#     later    GET /?since=7-9&channel=chat&auth=TOKEN    and what came behind 7-9 follows
+#
+# A message of the past does not say which request it answers. But a server answers in order: until
+# its next answer, what comes is for the oldest request, or new. The subscriptions of that request
+# hold what matches. With the answer they get it, by id and each message once; those that asked for
+# nothing of the past drop it.
+#
+# Of publications, up to 100 wait for the first connection, or the next; one that was sent and not
+# answered when the connection ends is rejected as `unknown`.
 
 PHILOTE_JS = r"""// A client of a Philote server, for browsers and Node 22. It has no dependencies.
 //
@@ -7348,7 +7643,20 @@ export class Philote extends EventTarget {
 
 
 # -------------------------------------------------------------------------------------- the console
-# What GET / shows a browser: its markup, its style, and its script, which uses the module above.
+# What GET / shows a browser: a page, with its style and its script where the words STYLE and SCRIPT
+# stand. The script uses the module above:
+#
+#     connect()    a Philote for the token, with a subscription for each name to follow; a name that
+#                  another one covers is left out, so that a message is seen once
+#     add()        puts a message or a note among `fresh`, which show() moves to the log 50 ms later
+#     publish()    adds the message to the log by itself: no server sends a connection its own
+#     follow()     with a token that has `api`: reads /api/info and /metrics, 2 s after each answer
+#     Cut          is an "offline" event, which the module takes for a lost network: it ends the
+#                  connection and comes back, so one sees it resume without pulling a cable
+#     tellWhy()    asks /api/history with the same token, where a browser does not let the page see
+#                  why its WebSocket was refused
+#     makeToken()  signs a token for 12 hours with the empty secret, where that opens the server:
+#                  which it says by data-secret="empty", see _make_console()
 
 _CONSOLE_PAGE = r"""<!doctype html>
 <html lang="en" data-secret="set">
