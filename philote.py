@@ -3786,7 +3786,7 @@ class WebSocket(Subscriber):
         """
         while data := self.rest or self.connection.read(self.read_size):
             self.rest = b""
-            with self.server.take_turn(len(data)):
+            with self.server.take_turn(size := len(data)):
                 item = self._take_apart(self.frames.send(data))
             data = b""  # which may be large, and the wait for more long
             self.flush()
@@ -3798,7 +3798,8 @@ class WebSocket(Subscriber):
                 if self.connection.state is CLOSING:
                     return b""
                 self.delay = 0
-                item = self._take_apart(next(self.frames))
+                with self.server.take_turn(size):
+                    item = self._take_apart(next(self.frames))
                 self.flush()
             self.server.log.wait_for_room(self.connection)
         return b""

@@ -3663,6 +3663,22 @@ def test_those_who_send_much_at_a_time_take_turns(server, monkeypatch, reader, w
         assert reader.receive_data(40) == ["busy"] * 40
 
 
+def test_what_stands_behind_a_subscription_waits_for_its_turn_as_well(server, monkeypatch):
+    monkeypatch.setattr(philote, "_LARGE_READ", 1000)
+    server.interpreter_lock = True
+    take_apart, turns = philote.WebSocket._take_apart, []
+
+    def look(*arguments):
+        turns.append(server.turn.locked())
+        return take_apart(*arguments)
+
+    monkeypatch.setattr(philote.WebSocket, "_take_apart", look)
+    with RawClient(server, ["a"], ["b"]) as client:
+        client.send(frame(1, json.dumps({"subscribe": ["a"]})) + text("b", "x") * 200)
+        wait_until(lambda: totals(server)["published"] == 200)
+        assert turns == [True, True]
+
+
 # ---------------------------------------------------------------------------------------------- log
 
 def number(id):
