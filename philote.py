@@ -186,8 +186,8 @@ def _number(low: float, high: float, what: str = "a number", convert: Any = int)
     pattern = r"[0-9]+(\.[0-9]+)?" if convert is float else "[0-9]+"
 
     def parse(text: str) -> Any:
-        # int() and float() alone take more than an operator means: " 5", "+5", "1_000", digits of
-        # other scripts, "inf", "1e3". The text of more than 4,300 digits is a ValueError as well.
+        # Refused, though int() or float() would take it: " 5", "+5", "1_000", "1e3", "inf", digits
+        # of other scripts. Of more than 4,300 digits int() raises ValueError by itself.
         if not re.fullmatch(pattern, text) or not low <= convert(text) <= high:
             raise ValueError
         return convert(text)
@@ -379,9 +379,9 @@ class Settings:
 
     @property
     def protected(self) -> bool:
-        """Whether there is no key, so that anybody can sign a token: with the empty secret.
+        """Whether neither SECRET nor PUBLIC_KEYS is set, so that the empty secret signs tokens.
 
-        The server protects itself then: only clients on this machine are let in.
+        Anybody can make one then, so the server protects itself, see check_local().
         """
         return not self.secret and not self.public_keys
 
@@ -1453,15 +1453,14 @@ class SwitchInterval:
 # waiting: no thread is woken for the ordinary case. Only what a full socket did not take is left
 # to the poller's thread, so a subscriber that does not read costs the others nothing.
 #
-#     put() --> pending -----------------> unsent --------------------> socket
-#               appended to without        [rest|bytes|bytes|...]       as much as it takes
-#               the lock, not counted      by the holder of the lock,
-#                                          counted in `size`
+#     put() --> pending ----------------> unsent ---------------------> socket
+#               appended to without       [rest|bytes|bytes|...]        what it has room for
+#               the lock, not counted     moved there under the lock,
+#                                         counted in `size`
 #
-# As a rule, what is pending goes straight to the socket, and `unsent` stays empty. Where the socket
-# takes less, the rest goes to `unsent` (what is half written as a memoryview), `full` is set, and
-# the poller calls resume() when there is room. Until then flush() only moves what is pending to
-# `unsent`, and sees to the limit.
+# A subscriber's data goes past `unsent` as long as the socket takes it all. Where it takes less,
+# the rest goes to `unsent`, `full` is set, and the poller calls resume() when there is room. Until
+# then flush() only moves what is pending to `unsent`, and ends a connection over the limit.
 
 CLOSING_TIME = 3  # seconds that a peer has to answer our end of the connection with its own
 _OVERHEAD = 64  # bytes that Python takes for an entry of a queue, beside its data
@@ -1532,8 +1531,9 @@ class Connection:
         # of the lock takes from the front, which an append does not disturb. A deque would take 0.7
         # KiB more.
         self.pending: list[bytes] = []
-        # Taken from pending, in order; between two holders of the lock empty unless `full`. What is
-        # half written is a memoryview of its rest.
+        # Taken from pending, in order; between two holders of the lock empty unless `full`. If the
+        # socket took a part of the first entry, that is a memoryview of the rest; what TLS has
+        # begun to write may still be whole here, see Transport.owed.
         self.unsent = _NOTHING
         self.size = 0  # bytes that unsent takes, overhead included
         self.sent = 0  # bytes written so far
@@ -1575,8 +1575,8 @@ class Connection:
                 overflow = self._write()
             finally:
                 self.lock.release()
-            # Without the lock: to leave the channels takes Admission.lock and Log.lock, which come
-            # before this one; and finish() takes this one itself.
+            # Without the lock: Subscriber.on_overflow() takes Admission.lock and Log.lock, which
+            # come before this one in the order of locks; and then this one, in finish().
             if overflow:
                 handler = self.handler
                 handler.on_overflow() if handler else self.abort()
@@ -1703,7 +1703,8 @@ class Connection:
     def catch_up(self) -> bool:
         """Wait until nothing is queued; False where the connection or server ends.
 
-        Another thread may just be writing the last of it. It holds the lock, so the order is kept.
+        What another thread has just taken out to write it does not count: that thread holds the
+        lock, so nothing that is queued later gets in front of it.
         """
         # The event is cleared before the queue is looked at. So if resume() empties the queue after
         # that look, the event is set, and the wait ends at once.
@@ -1713,8 +1714,9 @@ class Connection:
             self.flush()
             if not self.size and not self.pending:
                 return True
-            # The poller sets it, but not where the server stops: hence the 0.25 s. Where the socket
-            # is not full, another thread is just writing.
+            # The poller sets it when all is written. For the other two reasons to go on, an end of
+            # the connection or the server, this looks every 0.25 s. Where the socket is not full,
+            # another thread is just writing.
             self.written.wait(0.25 if self.full else 0.001)
         return False
 
@@ -1773,9 +1775,8 @@ class Connection:
         # The times before the state: on_deadline() reads the state first, and takes no lock.
         self.cut_at, self.patience = time.monotonic() + CLOSING_TIME, patience
         self._move(CLOSING)
-        # But a frame that the peer has a part of is finished: the front of the queue where that is
-        # a memoryview, as _write() and _drop() leave it; with TLS, the first `owed` bytes of the
-        # queue, which are encrypted already, so each entry that these reach into is kept.
+        # What the peer has a part of is kept: the first entry, if it is a memoryview; with TLS,
+        # each entry that has any of the first `owed` bytes, for these are encrypted already.
         if discard:
             begun, queued, self.unsent = self.transport.owed, self.unsent, collections.deque()
             for data in queued:
@@ -1819,7 +1820,8 @@ class Connection:
         return True
 
     def _take(self) -> None:
-        # What comes behind the last words is dropped. A publisher put it in that did not know yet.
+        # Of a connection that is closing, what is still put in is dropped: whoever put it there, as
+        # a rule a publisher, has not seen yet that it closes.
         for data in self._take_pending():
             if self.state not in (CLOSING, CLOSED):
                 self._append(data)
@@ -1868,8 +1870,8 @@ class Connection:
         self.server.poller.watch(self)
 
     def _give_up(self) -> None:
-        # `full` is left as it is. If the poller watches the socket, close() has to know; and the
-        # end of the socket makes it writable, so that the poller calls resume() and forgets it.
+        # `full` is left as it is: if the poller watches the socket, close() has to know. The end of
+        # the socket makes it writable, so the poller unregisters it and calls resume().
         self._move(CLOSING)
         self.pending.clear()
         self.unsent = _NOTHING
@@ -1882,11 +1884,11 @@ class RateLimit:
     """A token bucket. Used by one thread.
 
     It fills by `limit` a second, and holds what it gets in one second, at least 1. It may be
-    overdrawn: who took too much has to wait until it is level again. It refuses nothing and waits
-    for nobody; the caller waits.
+    overdrawn: take() never refuses and never waits, but tells how long it is until the bucket is
+    level again. The caller waits for so long, or gives back what it took.
 
-        limit 10     10 at once wait for nothing; the 11th for 0.1 s, the 12th for 0.2
-        limit 0.5    the first waits for nothing, the second for 2 s
+        limit 10     take() twelve times at once: ten times 0, then 0.1 s, then 0.2 s
+        limit 0.5    twice at once: 0, then 2 s
     """
 
     __slots__ = ("limit", "allowance", "at")
@@ -1923,7 +1925,7 @@ _LONGEST_PAUSE = 3600  # seconds; selectors take no number of any size
 
 
 class Poller(threading.Thread):
-    """The one thread beside the connections': it waits for full sockets and for points in time.
+    """The thread that waits on behalf of all connections: for full sockets and points in time.
 
     A socket is registered with the selector for one event. If it is full again after that, it is
     registered again:
@@ -1931,11 +1933,12 @@ class Poller(threading.Thread):
         watch() -> requests -> _watch(): register -> select: unregister -> Connection.resume()
            ^---------------------------------- full again ----------------------------'
 
-    A deadline that is no longer the connection's stays in the heap, void:
+    A connection has one deadline. Others that were asked for stay in the heap, void, until they are
+    due:
 
         call_at(c, 30)     deadlines {c: 30}    timers 30
         call_at(c, 13)     deadlines {c: 13}    timers 13, 30
-        call_at(c, 50)     nothing: 13 comes first, and on_deadline() says then what is next
+        call_at(c, 50)     nothing: 13 comes first, and on_deadline() says what is next
         at 13              deadlines {}         timers 30, and on_deadline() is called
     """
 
@@ -1944,8 +1947,7 @@ class Poller(threading.Thread):
         self.on_failure = on_failure
         self.lock = threading.Lock()  # guards the next three, and Connection.forgotten
         self.requests: list[Connection] = []  # to be watched or closed
-        # A heap of (due, number of a connection). An entry is void where `due` is not that of its
-        # connection in `deadlines`.
+        # A heap of (due, number of a connection); void where `deadlines` has another `due`.
         self.timers: list[tuple[float, int]] = []
         self.deadlines: dict[int, tuple[float, Connection]] = {}
         self.selector = selectors.DefaultSelector()  # used by run() alone
@@ -2013,8 +2015,9 @@ class Poller(threading.Thread):
     def run(self) -> None:
         """Wait and work until stop().
 
-        In this order: a socket that is registered is closed by _serve_requests() alone. So no event
-        that select() returned is for a descriptor that was closed, and given out anew, meanwhile.
+        A socket that is registered is closed by _serve_requests() alone, so never between select()
+        and the last of its events. So no event is for a descriptor that was closed and given out
+        anew meanwhile.
         """
         try:
             while not self.stopped:
@@ -2154,8 +2157,9 @@ def parse_duration(text: str) -> int:
     return int(match[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[match[2]]
 
 
-# A message in the log: its id, and its JSON without that, which is made before the id is known. The
-# id goes in behind the first brace:
+# A message in the log: its id, and its JSON, which is made before the id is known. For WebSockets
+# the id goes in behind the first brace; an event stream has it on a line of its own. Who gets no
+# ids is not told the user either.
 #
 #     kept           {"issuer":"0f8f...","user":"alice","channel":"news","data":"hello"}
 #     with ids       {"id":"1700000000000-0","issuer":"0f8f...","user":"alice","channel":"news",...
@@ -2412,8 +2416,8 @@ class Log:
         #
         # What needs no id is encoded before the log's lock is taken, for those that seem to have
         # joined: they are looked for again under it. The first match of `user` is the right one: it
-        # stands behind the issuer, a UUID; the channel and the data, which may hold the same text,
-        # come after it.
+        # stands behind the issuer, a UUID, and only the data, which comes later, may hold the same
+        # text.
         bare = [payload.replace(user, b"", 1) for payload in payloads] if user else payloads
         try:
             seeming = self.joined[name].copy()  # without the lock, a test first would prove nothing
@@ -2463,10 +2467,10 @@ class Log:
         joined under one lock: nothing falls between. When the floor passes the position, the
         subscriber was too slow; it is told of a gap, and goes on at the end.
 
-        A piece of more than _LAST_PIECE messages is not the last, even if it reaches the end: to
-        encode it would hold the lock too long. If the client reads faster than others publish, the
-        pieces become shorter. If not, the floor overtakes it, and behind the gap there is nothing
-        left to send: so it joins in any case.
+        A piece that reaches the end, but has more than _LAST_PIECE messages, is sent like those
+        before it: to encode it under the lock would take too long. For a client that reads faster
+        than others publish, the pieces become shorter, until one is the last. One that reads more
+        slowly meets the floor; behind the gap nothing is left to send, so it joins then.
 
         `live` is what the subscriber has joined before. `before` and `after` encode what is queued
         in front of the messages and behind them. They are called with the position there, and with
@@ -2484,8 +2488,9 @@ class Log:
         def begin(position: int, resumed: bool) -> None:
             self.resumed += resumed and past.since is not None
             self.not_resumed += not resumed
-            # What it had joined before it gets all the while, between the pieces of the past. So
-            # that it was sent an id does not mean that it has all up to it.
+            # New messages of the channels that it had joined before come between the pieces of the
+            # past. So it may have a message and not yet all up to its id: until it has joined
+            # again, position_for() tells it none.
             subscriber.live = False
             connection.put(before(position, resumed))
 
@@ -2695,7 +2700,9 @@ class Batch:
                      |                                        |
                      '- another channel: deliver() first      '-> touched --flush()--> sockets
 
-    So another channel costs an entry of the log more, and no write.
+    So a change of channel costs one more Log.append(), and no write. When `limit` bytes are
+    gathered, add() calls flush() by itself. With Redis, deliver() ends at the Outbox, and the read
+    thread does the rest.
     """
 
     __slots__ = ("log", "issuer", "user", "connection", "least", "limit", "channel", "payloads",
@@ -2744,7 +2751,7 @@ class Batch:
         if self.payloads:
             self.connection.published += len(self.payloads)
             self.log.publish(self)
-            # Only now: if that raised, the next deliver() publishes them again, see Log.append().
+            # Only now: if publish() raises, the next deliver() publishes them again.
             self.payloads, self.tells = [], []
 
     def flush(self) -> None:
@@ -2955,7 +2962,7 @@ class Outbox:
             found = lost.pop() if lost and lost[-1].number == number else None
             for entry in lost:
                 self.put(entry)
-            # After restore() `unsent` had them already, and what was found, too.
+            # After restore(), `unsent` held them already, and what was found, too: it is made anew.
             if lost:
                 self.unsent = collections.deque(e for e in self.entries if not e.sent)
             return found
@@ -3465,7 +3472,8 @@ class RedisLog(Log):
                 self._receive_notice(entry)
                 if own:  # a heartbeat, in most cases
                     self.ahead = first - _now()
-                # The position moves on where nobody publishes, too: History goes by it (`now`).
+                # So the position moves on while nobody publishes. It is `now`, by which the history
+                # forgets what is too old.
                 with self.lock:
                     self.position = first
         except Exception:  # for want of memory: some may have it, and others not
@@ -3593,9 +3601,7 @@ class Subscriber:
         self.rest = rest  # what was read together with the request, and is not part of it
         # Guarded by the log's lock.
         self.encoder = self.encoders[past.resumable]
-        # Whether it gets all that is published to its channels. False while it catches up, when
-        # position_for() must not tell it an id that it has not come to.
-        self.live = False
+        self.live = False  # whether it has joined; False while it catches up, see Log.replay()
         # The poller's: how many bytes were written when it last found more, and when that was.
         self.sent, self.quiet_since = 0, 0.0
 
@@ -3709,7 +3715,7 @@ class Subscriber:
         self.server.log.forget(self)
 
     def on_overflow(self) -> None:
-        """Disconnect a subscriber whose queue grew over its limit. The publisher's thread."""
+        """Disconnect a subscriber whose queue grew over its limit. Any thread that writes to it."""
         if self.end(CloseReason.POLICY_VIOLATION, "slow consumer", discard=True):
             log.warning("%s: %s slow consumer, disconnected with more than %d bytes queued",
                         self.connection.address, self.id, self.server.settings.max_queue_size)
@@ -3778,11 +3784,10 @@ class WebSocket(Subscriber):
         other publisher an eleventh of the interpreter's time. So they take turns, and have one
         share of it together (Server.take_turn).
 
-        frames.send(data), and then next(frames), give item by item what was read, and None when it
-        is used up. _take_apart() works through them within a turn, and stops early behind an item
-        that may hold it up: one for the library (bytes), a subscription that asks for the past
-        (`asked`), or one for which the peer has to wait (`delay`). The turn is given back and all
-        is written before that is seen to; then it goes on with the next item.
+        _take_apart() works through what was read. It stops at bytes, which are for the library, and
+        behind a subscription (`asked`) or a message for which the peer has to wait (`delay`). The
+        turn is given back and all is written before that is seen to; another is taken for the rest
+        of the read.
         """
         while data := self.rest or self.connection.read(self.read_size):
             self.rest = b""
@@ -3930,7 +3935,7 @@ class WebSocket(Subscriber):
         if self.end(CloseReason.INTERNAL_ERROR, "ping timeout"):
             connection.log(logging.INFO, "%s nothing came for %g seconds, disconnected",
                            self.id, now - heard)
-        connection.abort()  # not in CLOSING_TIME: a dead peer will not answer the close
+        connection.abort()  # at once, not after CLOSING_TIME: a dead peer answers no close
         return math.inf
 
     # Any thread
