@@ -4243,8 +4243,8 @@ class HTTPHandler:
     """Reads requests from a connection and answers them, until it ends or becomes a subscriber.
 
     To ask is cheaper than to answer. So a request without a good token, or with bad messages, is
-    charged to its connection; after too many of these, the next one is read later. So are requests
-    that need no token: about 8 a second for /health are free.
+    charged to its connection; after too many of these, the next one is read later. Those that need
+    no token count as well: of short ones, as for /health, some 8 a second are not held up.
     """
 
     def __init__(self, connection: Connection) -> None:
@@ -4323,11 +4323,12 @@ class HTTPHandler:
         while True:
             self.buffer = self.buffer.lstrip(b"\r\n")  # RFC 9112, section 2.2
             self.begun = bool(self.buffer)
-            # The connection of a proxy carries requests of many clients. It was counted for the
-            # last one's; from here on it is for the proxy, until the head names this one's.
+            # The connection of a proxy carries requests of many clients. So far it counted for the
+            # client of the last one; now it counts for the proxy, until the head names the next.
             if self.begun:
                 self.server.admission.rename(self.connection, self.connection.peer)
-                # As TLS would be: its empty line might never come. "$" where a part of it has come.
+                # What is not HTTP, such as TLS, may never bring the empty line that ends a head.
+                # The "$" is for a method of which only a part has come.
                 if not re.match(_TOKEN + b"( |$)", self.buffer):
                     raise HTTPError(400, "this is not HTTP/1.1")
             head, is_whole, rest = self.buffer.partition(b"\r\n\r\n")
@@ -4351,8 +4352,8 @@ class HTTPHandler:
     def read_body(self, request: Request) -> bytes:
         """Read what follows a head, up to MAX_MESSAGE_SIZE bytes.
 
-        Raises HTTPError, also for a body in chunks: there is one way only to tell where a body
-        ends. Raises ConnectionError where the connection ends first, or its deadline is over.
+        Raises HTTPError, also for a body in chunks, which are not taken; ConnectionError where the
+        connection ends first, or the deadline is over.
         """
         length = request.headers.get("content-length")
         limit = self.server.settings.max_message_size
@@ -4381,7 +4382,8 @@ class HTTPHandler:
                 messages: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
         """Publish messages, as slowly as MAX_MESSAGE_RATE demands; returns an answer for each.
 
-        Raises HTTPError: 403, 429, 401 for a token that expired meanwhile, 503 for want of Redis.
+        Raises HTTPError: 403; 429; 401 for a token that expired meanwhile; 503 where the server
+        stops or Redis fails. Behind the last of these the messages may still be published.
         """
         connection = self.connection
         connection.received += len(messages)
@@ -4408,7 +4410,7 @@ class HTTPHandler:
             raise HTTPError(503, f"nothing was published: {reason}", "unavailable", _RETRY)
         # An issuer that no subscriber has, so that nobody is left out as the publisher. tell() is
         # called under the log's lock: in this thread, or with Redis by the read thread, when the
-        # message has come back. It counts the receivers of this server.
+        # message has come back. `receivers` are those of this server.
         issuer, answers, done = str(uuid.uuid4()), dict[int, dict[str, Any]](), threading.Event()
 
         def tell(index: int, position: int, receivers: int) -> None:
@@ -4427,8 +4429,8 @@ class HTTPHandler:
         return [answers[index] for index in range(len(messages))]
 
     def _answer(self, request: Request) -> Response:
-        # A WebSocket may be opened at any path. Browsers ask for OPTIONS without a token, before
-        # they send another page's request (CORS). To HEAD the endpoint answers as to GET.
+        # A WebSocket may be opened at any path. Browsers ask for OPTIONS without a token, before a
+        # request of another site's page (CORS). To HEAD the endpoint answers as to GET.
         if request.wants_upgrade:
             check_upgrade(request)
             methods = {"GET": UPGRADE}
@@ -4464,8 +4466,8 @@ class HTTPHandler:
         # the next request. Nor behind a refused upgrade, for its client may have sent frames.
         going_on = bool(request and request.keeps_alive and not request.wants_upgrade
                         and not self.unread and not response.subscriber)
-        # Twice: first for their place in front, last so that a Vary of its own replaces that of
-        # CORS, which it includes.
+        # The response's headers stand here twice: first to come first, last so that its own Vary
+        # (of the console: Accept, Origin) replaces that of CORS.
         headers = {**response.headers, **self.cors, **response.headers}
         if not going_on:
             # Upgrade is for one hop only, which Connection has to say (RFC 9110, section 7.8).
@@ -4543,14 +4545,14 @@ def check_origin(settings: Settings, request: Request) -> str:
 
         CHECK_ORIGIN       Origin                       result
         false              any, or none                 "*"
-        true, or a list    none: no page of another     ""
-                           site sent this
+        true, or a list    none                         ""
         true, or a list    as Host says                 the origin
         a list             in the list                  the origin
         true, or a list    any other                    403
 
-    By default any page may come, since there are no cookies here: without a token it can do
-    nothing. While there is no SECRET, check_local() looks at the origin as well.
+    A browser names the origin wherever a page of another site could read the answer. By default any
+    page may come, since there are no cookies here: without a token it can do nothing. While the
+    empty secret signs tokens, check_local() looks at the origin as well.
     """
     allowed, origin = settings.check_origin, request.headers.get("origin")
     if not allowed:
@@ -4567,8 +4569,8 @@ def check_origin(settings: Settings, request: Request) -> str:
 def authorize(handler: HTTPHandler, request: Request) -> AccessKey:
     """Find a good token, in the header (RFC 6750, section 2.1) or else in the query.
 
-    Raises HTTPError: 401; 503 where the keys of an identity provider cannot be had. To wait for
-    these is to let the peer wait: Connection.pause(), which ends when it hangs up.
+    Raises HTTPError: 401; 403, see check_local(); 503 where the keys of an identity provider cannot
+    be had now. The wait for these, Connection.pause(), ends when the peer hangs up.
     """
     server, connection = handler.server, handler.connection
     if server.settings.protected:
@@ -4657,8 +4659,8 @@ def tell_history(handler: HTTPHandler, request: Request) -> Response:
 
         {"messages":[{"id":"17...-3","issuer":"0f8f...",...}],"id":"17...-9","complete":true}
 
-    What comes behind these is answered to since=17...-9. `complete` is false where messages behind
-    the `since` that was asked for are no longer kept.
+    To go on, ask with since=17...-9. `complete` is false where messages behind the given `since`
+    may be missing: they are no longer kept, or the id was not given out here.
     """
     names, past = find_past(handler, request)
     if not past.resumable:  # neither `since` nor `last` was given: all that is kept
@@ -4828,10 +4830,13 @@ class Admission:
     Each is here once: among the subscribed, or among the pending ones of its address, which are
     new, or HTTP clients, or closing.
 
-        admit --> pending of its peer's address -- rename --> pending of its client's address
-                    ^                                            |
-                    | leave: it is closing                       | subscribe, or 503 "full"
-                    '---------------- subscribed <---------------'
+        admit --> pending, of its peer's address
+                            ^
+                            | rename: to and fro, with each request that a proxy brings
+                            v
+                  pending, of its client's address ---- subscribe ----> subscribed
+                            ^                                               |
+                            '------------ leave: it is closing -------------'
 
         remove, from either, when its thread ends: what it counted is added to `gone`
 
@@ -4852,7 +4857,7 @@ class Admission:
         self.gone: collections.Counter[str] = collections.Counter()
 
     def admit(self, connection: Connection) -> None:
-        """Take in a newcomer; where there is no room, the oldest pending one has to go."""
+        """Take in a newcomer; where there is no room, a pending one has to go."""
         with self.lock:
             victim = self._add_pending(connection)
         if victim:
@@ -5111,8 +5116,9 @@ class Server(socketserver.ThreadingTCPServer):
     `server_address` holds the port that it got for port 0. `failure` says why it cannot go on, once
     that is so.
 
-    Raises OSError where it cannot listen, SettingsError where it cannot use what the settings name,
-    ImportError and PhiloteError where a package for that is missing.
+    Raises OSError where it cannot listen; SettingsError where it cannot use what the settings name;
+    ImportError or PhiloteError where a package that they need is missing; PhiloteError where Redis
+    refuses us for good.
     """
 
     allow_reuse_address = True
@@ -5249,11 +5255,11 @@ class Server(socketserver.ThreadingTCPServer):
     # waits for a newcomer, half a second at most; if there is one, it calls get_request() and then
     # process_request(); and in each round service_actions(). What these raise, it takes so:
     #
-    #     get_request()        OSError: the next round, please; anything else ends the thread
+    #     get_request()        OSError: the round is over; anything else ends the thread
     #     process_request()    Exception: handle_error(), then shutdown_request()
-    #     service_actions()    anything ends the thread, as _Stopped shall
+    #     service_actions()    anything ends the thread, as _Stopped
     #
-    # The listening socket does not block: process_request() goes on until nobody waits there.
+    # The listening socket does not block: so process_request() finds out when nobody waits.
 
     def _accept(self) -> None:
         try:
@@ -5295,7 +5301,7 @@ class Server(socketserver.ThreadingTCPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Accept all who wait beside the first, then start their threads.
+        """Accept who else waits, up to 64 in all, then start their threads.
 
         To accept one lets go of the interpreter's lock, and this thread queues up for it again
         behind all others that have work. So it accepts first, and gives them work then.
@@ -5385,9 +5391,9 @@ class Server(socketserver.ThreadingTCPServer):
             self._end_connection(connection)
 
     def _end_connection(self, connection: Connection) -> None:
-        # Whatever raises here, even for want of memory: what stands under `finally` is done. Until
-        # drain() is over the poller may end it, so forget() comes later; and remove() is last, for
-        # stop() waits until none is left.
+        # Whatever raises here, even for want of memory: what stands under `finally` is done.
+        # drain() needs the poller, to cut off a slow peer, so forget() comes behind it. remove()
+        # comes behind both, for stop() waits until none is left, and then ends the poller.
         try:
             # It may have left already. But whoever ended it may have been faster than its own
             # thread, which then joined channels after that.
@@ -5472,8 +5478,8 @@ class Server(socketserver.ThreadingTCPServer):
         # 4. So do the others, who could still ask for /health until here.
         # 5. Who has not ended is cut off, and their threads have the time that is left.
         #
-        # With the default of 10 s, step 2 ends after 8 s at the latest, steps 1, 3 and 4 after 9.
-        # As a rule each is done within milliseconds.
+        # With the default of 10 s, steps 1, 3 and 4 end after 9 s at the latest. Step 2 does not
+        # wait beyond 8 s, and not at all if step 1 took as long.
         patience = deadline - time_to_cut
         working = ANSWERING, SUBSCRIBED
         self._wait_until_none(lambda c: c.busy and c.state in working, patience)
@@ -5609,8 +5615,8 @@ _CHECK, _CAUGHT_UP = "check", "caught up"
 # What is raised where an answer is decoded and its members are looked up, and it is not one that a
 # Philote server sends. To check each member first would take more code than it protects.
 _NO_PHILOTE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError)
-# Close codes with which another attempt would end as well, so that there is none: what the server
-# could not read it would be sent again, and what was too large for us would come again.
+# Close codes with which another attempt would end as well, so that there is none: we would send
+# again what the server could not take, or get again what was too large for us.
 _FINAL = {CloseReason.PROTOCOL_ERROR, CloseReason.INVALID_FRAME_PAYLOAD_DATA,
           CloseReason.MESSAGE_TOO_BIG}
 
@@ -5652,11 +5658,11 @@ class ConnectionClosed(PhiloteError):
 class _Request:
     """A message, a subscription or its end, which the server answers by its ref.
 
-        _ask()           enters it in Client._requests and sends it; before the end of step 4 it is
-                         only entered
-        _send_again()    sends it on a new connection, by the same ref, if it is still unanswered
+        _ask()           enters it in Client._requests and sends it; while the client comes back (to
+                         the end of step 4, above) it only enters it, as _begin() does
+        _send_again()    sends what this connection has not sent yet, by the same ref
         _answer()        removes it: for the server's answer, or for its own message in a replay
-        _await()         finds the answer in it, where somebody waits
+        _await()         waits for the answer, where somebody wants it
 
     Guarded by Client._changed.
     """
@@ -5981,13 +5987,14 @@ class Client:
         """
 
     def _connect(self) -> _Link:
-        # For a client that follows news and chat.*, whose star is percent-encoded:
+        # For a client that follows news and chat.*:
         #
-        #     first    GET /?since=now&channel=chat.*&channel=news
-        #     later    GET /?since=7-0&channel=chat.*&channel=news    7-0 is its position
+        #     first    GET /?since=now&channel=chat.%2A&channel=news
+        #     later    GET /?since=7-0&channel=chat.%2A&channel=news    7-0 is its position
         #
-        # The server answers both with "connected" first, see _begin(). With reconnect=False and
-        # nothing of the past there is no `since`, and so neither ids nor that message.
+        # The server answers both with "connected" first, see _begin(). With reconnect=False, no
+        # wish for the past and no channels left for _begin(), there is no `since`: then there are
+        # no ids, nor that message.
         past = {"since": self._position} if self._position else self._past
         parameters = [*past.items()]
         later: list[str] = []  # channels that do not fit into the query; _begin() joins them
@@ -6103,8 +6110,8 @@ class Client:
             except (PhiloteError, OSError) as again:
                 error, pause = again, min(2 * pause, _LAST_PAUSE)
                 continue
-            # Also where close() was called meanwhile: then _run() finds it aborted, comes here
-            # again, and the client gets its end below.
+            # If close() was called meanwhile, the link is ended at once, and returned all the same:
+            # _run() finds it aborted and comes here again, and the client gets its end below.
             if self._closing:
                 link.abort()
             else:
@@ -6302,8 +6309,8 @@ class _Link:
     """One connection to a server, which has let us in. Read by one thread; any may send."""
 
     channels = Names()  # that the server joined at the beginning
-    # Seconds that the server may be silent: 10 for its first message, then twice its `ping`. Where
-    # it does not tell that, without ids, only the system notices that a network is dead.
+    # Seconds that the server may be silent: 10 for its first message, then twice its `ping`. There
+    # is no limit without ids, or where `ping` is 0: a dead network is noticed by who sends, then.
     patience = math.inf
 
     def __init__(self, url: urllib.parse.SplitResult, token: str,
@@ -6524,18 +6531,19 @@ class _ClientSocket:
 # philote [serve], philote check, philote health, philote token, philote subscribe, philote history,
 # philote publish.
 #
-# Each command is a function from its arguments to its exit status: 0 where all went well, or where
-# SIGINT ended it; 1 where it failed; 2 where its arguments or settings are not allowed. Standard
-# output is for what other programs read: a token, messages, a line each. All else is told on
-# standard error, errors in words and not as a traceback.
+# Each command is a function from its arguments to its exit status: 0 where all went well, or SIGINT
+# ended it; 1 where it failed; 2 where its arguments or settings are not allowed. Standard output is
+# for what other programs read: a token, messages, a line each. All else is told on standard error,
+# errors in words and not as a traceback.
 #
 # 1 is also the answer no: of `health` where a server does not serve, of `token --check` for a token
-# that is refused. `check` ends with 2 for whatever it finds, a Redis that is away as well. Output
-# to a pipe whose reader has gone ends a command with 0.
+# that is refused. `check` ends with 2 for all that is wrong, even if only Redis is away, and with 0
+# where it only warns. Output to a pipe whose reader has gone ends a command with 0.
 #
 # The commands that need a token take --token, or PHILOTE_TOKEN, or make one with SECRET, for just
-# the channels named. It has no end, for only the server gets to see it. Without a SECRET the empty
-# one signs it: that is good at a server on this machine that has none either.
+# the channels named. That one never expires, for only the server gets to see it. Where neither
+# SECRET nor PUBLIC_KEYS is set, the empty secret signs it: a server on this machine that has
+# neither lets it in.
 
 _EXAMPLES = {
     "": "example, in three terminals:\n  philote serve\n  philote subscribe news\n"
@@ -6736,13 +6744,13 @@ def _on_one_line(text: str) -> str:
 # philote serve
 #
 #     settings      one that is not allowed: status 2
-#     signals       SIGINT, SIGTERM and SIGHUP are blocked: from here on they wait to be taken
-#     Server()      waits for Redis, where there is one (a signal to stop: status 0); then listens
-#     with server:  its threads are started; READY=1 to systemd
+#     signals       blocked: from here on they wait to be taken
+#     Server()      with REDIS_URL, waits for Redis (a signal to stop: status 0); then listens, or
+#                   status 1
+#     with server:  newcomers are accepted; READY=1 to systemd
 #     sigwait()     SIGHUP: certificate and keys are read again; SIGINT and SIGTERM go on below
-#     STOPPING=1    SIGALRM is set as the last resort, and SIGINT and SIGTERM are let through again:
-#                   a second one ends the process at once, with status 1
-#     the end       Server.stop() by the end of the block; then a second for the log's last lines
+#     STOPPING=1    from here on a second signal ends the process at once, with status 1
+#     the end       Server.stop() by the end of the block; then up to a second for the log's lines
 
 def _serve(_: argparse.Namespace) -> int:
     settings = Settings.from_environ(os.environ)
@@ -6775,8 +6783,8 @@ def _serve(_: argparse.Namespace) -> int:
         return 1
     if server.interpreter_lock:
         server.switch_interval = SwitchInterval()
-    # Where one of its threads cannot go on, the server stops as by a signal, and returns 1. The
-    # signal waits, as any does, until this thread takes it.
+    # Where one of its threads cannot go on, the server stops as by a signal, and returns 1. During
+    # the shutdown this is a second signal, which ends the process at once.
     server.on_failure = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
     with server:
         _greet(server)
@@ -6797,7 +6805,7 @@ def _serve(_: argparse.Namespace) -> int:
 
 
 def _reload(server: Server) -> None:
-    # The second line is what Type=notify-reload wants: by it systemd tells this reload from others.
+    # MONOTONIC_USEC is what Type=notify-reload wants: by it systemd tells this reload from others.
     _notify("RELOADING=1", f"MONOTONIC_USEC={time.monotonic_ns() // 1000}")
     try:
         log.info("SIGHUP: %s again; the settings are read at the start", server.reload())
@@ -6809,7 +6817,7 @@ def _reload(server: Server) -> None:
 def _take_listener() -> socket.socket | None:
     """Take the socket that systemd listens on for us, where it does (sd_listen_fds(3)).
 
-    It gives descriptors from 3 on, LISTEN_FDS of them. LISTEN_PID says to whom: a process that has
+    systemd gives LISTEN_FDS descriptors, from 3 on. LISTEN_PID says to whom: a process that has
     only inherited the variables must not take them. HOST and PORT are not used then.
     """
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
@@ -6828,8 +6836,8 @@ def _take_listener() -> socket.socket | None:
 def _notify(*lines: str) -> None:
     """Tell systemd how we are, where it wants to know (sd_notify(3)).
 
-    By a datagram of NAME=value lines to the Unix socket NOTIFY_SOCKET, in which "@" stands for the
-    zero byte of an abstract name. Nothing of ours depends on it, so a failure is not told.
+    By a datagram of NAME=value lines to the Unix socket NOTIFY_SOCKET, where a leading "@" stands
+    for the zero byte of an abstract name. Nothing of ours depends on it: a failure is not told.
     """
     if path := os.environ.get("NOTIFY_SOCKET"):
         with contextlib.suppress(OSError), socket.socket(
@@ -6995,8 +7003,8 @@ def _get(arguments: argparse.Namespace, name: str, most: int | None = None, toke
 
 # philote token
 
-# Only these are read: what is wrong with a setting of the server alone is no reason for `token`,
-# `subscribe` or `publish` to fail.
+# Only these are read: what is wrong with a setting of the server alone is no reason for another
+# command to fail.
 _TOKEN_SETTINGS = "SECRET", "OLD_SECRET", "PUBLIC_KEYS", "CLAIM", "AUDIENCE", "ISSUER"
 
 
@@ -7048,7 +7056,7 @@ class _CommandClient(Client):
         self.arguments = arguments
         # `philote publish` follows no channel (channels=()). But a token made here allows reading
         # the one that it writes: who comes back finds out which of the messages have arrived (see
-        # step 2 of the section above).
+        # step 2 in the section "client").
         super().__init__(arguments.url, arguments.token or _new_token(channels, writes),
                          channels=() if writes else channels, **options)
 
@@ -7159,25 +7167,21 @@ def _publish(arguments: argparse.Namespace) -> int:
 # subscriptions may match a message, and each may have asked for another past. So each has a cursor,
 # the id up to which it has everything; its callback gets only what is above that.
 #
-# A new subscription has no cursor. It is asked for by a request (those that want the same past by
-# one), and gets its cursor with the answer. When the connection comes back, its URL names the
-# channels of all that have a cursor, and one position for them: so each drops what it has had. What
-# was not answered before, or does not fit into the URL, is asked for by requests again.
+# A new subscription has no cursor. It is asked for by a request, and gets its cursor with the
+# answer. (When a connection begins, those that want the same past share a request.) When the
+# connection comes back, its URL names the channels that have a cursor, and one position for all: a
+# subscription whose cursor is above that drops what it has had. What was not answered before, does
+# not fit into the URL, or is not named by the token, is asked for by requests.
 #
 #     first    GET /?since=now&channel=news&auth=TOKEN    a name of the token's, see #address()
 #              server -> page   {"connected": {"id": "7-0", "channels": ["news"], ...}}
-#              page -> server   {"unsubscribe": ["news"]}, which nobody has asked for
+#              page -> server   {"unsubscribe": ["news"]}, for no subscription wants it
 #              page -> server   {"subscribe": ["chat"], "last": 10, "ref": "1"}
 #              server -> page   10 messages; {"subscribed": {"id": "7-0", ...}, "ref": "1"}
 #     later    GET /?since=7-9&channel=chat&auth=TOKEN    and what came behind 7-9 follows
 #
-# A message of the past does not say which request it answers. But a server answers in order: until
-# its next answer, what comes is for the oldest request, or new. The subscriptions of that request
-# hold what matches. With the answer they get it, by id and each message once; those that asked for
-# nothing of the past drop it.
-#
-# Of publications, up to 100 wait for the first connection, or the next; one that was sent and not
-# answered when the connection ends is rejected as `unknown`.
+# A message of the past does not say which request it answers; but a server answers in order, see
+# #deliver() and #join(). Up to 100 publications wait while there is no connection.
 
 PHILOTE_JS = r"""// A client of a Philote server, for browsers and Node 22. It has no dependencies.
 //
@@ -7650,19 +7654,10 @@ export class Philote extends EventTarget {
 
 # -------------------------------------------------------------------------------------- the console
 # What GET / shows a browser: a page, with its style and its script where the words STYLE and SCRIPT
-# stand. The script uses the module above:
-#
-#     connect()    a Philote for the token, with a subscription for each name to follow; a name that
-#                  another one covers is left out, so that a message is seen once
-#     add()        puts a message or a note among `fresh`, which show() moves to the log 50 ms later
-#     publish()    adds the message to the log by itself: no server sends a connection its own
-#     follow()     with a token that has `api`: reads /api/info and /metrics, 2 s after each answer
-#     Cut          is an "offline" event, which the module takes for a lost network: it ends the
-#                  connection and comes back, so one sees it resume without pulling a cable
-#     tellWhy()    asks /api/history with the same token, where a browser does not let the page see
-#                  why its WebSocket was refused
-#     makeToken()  signs a token for 12 hours with the empty secret, where that opens the server:
-#                  which it says by data-secret="empty", see _make_console()
+# stand. The script uses the module above. It adds what it publishes to the log by itself, for a
+# server does not send a connection its own messages. With a token that has `api` it asks for
+# /api/info and /metrics, 2 s after each answer. The button Cut makes an "offline" event, which the
+# module takes for a lost network: so one sees it come back and resume, without pulling a cable.
 
 _CONSOLE_PAGE = r"""<!doctype html>
 <html lang="en" data-secret="set">
