@@ -107,6 +107,7 @@ import functools
 import gc
 import hashlib
 import heapq
+import html
 import http
 import http.client
 import importlib
@@ -347,7 +348,7 @@ class Settings:
     read_buffer_size: int = _setting(
         1024, _SIZE, "bytes that are read at a time; up to 64 KiB are read anyway")
     write_buffer_size: int = _setting(
-        1024, _SIZE, "bytes for one subscriber that are gathered before they are written, at "
+        1024, _SIZE, "bytes that one publisher's messages may have before they are written, at "
         "first; more under load")
     check_origin: bool | tuple[str, ...] = _setting(
         False, _ORIGINS, "which web pages may connect: those from the same host, or listed as well")
@@ -4771,13 +4772,14 @@ def show_console(handler: HTTPHandler, request: Request) -> Response:
         raise HTTPError(404, "there is nothing here: CONSOLE is false")
     settings = handler.server.settings
     page, policy = _make_console(
-        settings.protected and not (settings.claim or settings.audience or settings.issuer))
+        settings.protected and not (settings.claim or settings.audience or settings.issuer),
+        settings.claim)
     return tell_file(request, "html", page, {
         "Vary": "Accept, Origin", "X-Frame-Options": "DENY", "Content-Security-Policy": policy})
 
 
 @functools.cache
-def _make_console(is_open: bool) -> tuple[bytes, str]:
+def _make_console(is_open: bool, claim: str) -> tuple[bytes, str]:
     # `is_open`: whether the empty secret signs tokens that are good here; the page offers to make
     # one then.
     script, style = (base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
@@ -4785,6 +4787,7 @@ def _make_console(is_open: bool) -> tuple[bytes, str]:
     page = _CONSOLE_PAGE.replace("STYLE", _CONSOLE_STYLE, 1).replace("SCRIPT", _CONSOLE_SCRIPT, 1)
     if is_open:
         page = page.replace('data-secret="set"', 'data-secret="empty"', 1)
+    page = page.replace('data-claim=""', f'data-claim="{html.escape(claim)}"', 1)
     return page.encode(), (
         f"default-src 'none'; script-src 'self' 'sha256-{script}'; style-src 'sha256-{style}'; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
@@ -7135,15 +7138,32 @@ def _history(arguments: argparse.Namespace) -> int:
     #     ?channel=news&since=8-0     the others, up to 9-4
     _, end, _ = ask(since="now")
     past = _given(since=arguments.since or None, last=arguments.last)
+    found, only_last = list[Message](), False
     while True:
         messages, position, complete = ask(**past)
         if not complete:
             _tell(str(Gap()))
-        for message in messages:
-            _show(message, arguments.json)
-        if not messages or arguments.last is not None or position >= end:
+        # `last` counts where `since` is not given, or cannot be met. The pages behind the first may
+        # hold more of a channel that was not on that: so all are gathered before any is shown.
+        only_last |= "last" in past and not (complete and "since" in past)
+        found += messages
+        at_end = not messages or position >= end
+        if at_end or not only_last:
+            for message in _last_of_each(found, arguments.last) if only_last else found:
+                _show(message, arguments.json)
+            found = []
+        if at_end:
             return 0
         past = {"since": "%d-%d" % position}
+
+
+def _last_of_each(messages: Sequence[Message], count: int) -> list[Message]:
+    seen, last = collections.Counter[str](), list[Message]()
+    for message in reversed(messages):
+        seen[message.channel] += 1
+        if seen[message.channel] <= count:
+            last.append(message)
+    return last[::-1]
 
 
 def _publish(arguments: argparse.Namespace) -> int:
@@ -7660,7 +7680,7 @@ export class Philote extends EventTarget {
 # module takes for a lost network: so one sees it come back and resume, without pulling a cable.
 
 _CONSOLE_PAGE = r"""<!doctype html>
-<html lang="en" data-secret="set">
+<html lang="en" data-secret="set" data-claim="">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <title>Philote</title>
@@ -7838,14 +7858,21 @@ function make(tag, className, ...content) {
 
 const names = claim => Array.isArray(claim) ? claim.map(String) : [];
 
+// With the setting CLAIM, that claim holds what else are claims themselves.
+function rightsOf(claims) {
+  const { claim } = document.documentElement.dataset;
+  return (claim ? claims[claim] : claims) ?? {};
+}
+
 const pair = ([name, text]) => [make("dt", "", name), make("dd", "", text)];
 
 function showClaims() {
   const claims = claimsOf(value("token")), left = claims.exp - Date.now() / 1000;
+  const rights = rightsOf(claims);
   const rows = !value("token") ? [] : [
-    ["may read", names(claims.read).join(", ") || "nothing"],
-    ["may write", names(claims.write).join(", ") || "nothing"],
-    ...claims.api === true ? [["api", "yes"]] : [],
+    ["may read", names(rights.read).join(", ") || "nothing"],
+    ["may write", names(rights.write).join(", ") || "nothing"],
+    ...rights.api === true ? [["api", "yes"]] : [],
     ...claims.sub ? [["user", String(claims.sub)]] : [],
     ["expires", !("exp" in claims) ? "never"
       : left > 0 ? `in ${duration(left)}, ${new Date(claims.exp * 1000).toLocaleString()}`
@@ -7953,7 +7980,7 @@ function showState() {
 
 function connect() {
   philote?.close();
-  const token = value("token"), claims = claimsOf(token);
+  const token = value("token"), rights = rightsOf(claimsOf(token));
   const current = new Philote(undefined, { token });
   philote = current;
   const hear = (type, work) => current.addEventListener(type, ({ detail }) => work(detail));
@@ -7967,7 +7994,7 @@ function connect() {
   hear("gap", ({ id }) => warn(`messages may be missing before ${id}`));
   hear("error", ({ code, reason }) => warn(`${code}: ${reason}`));
   const asked = value("follow") ? value("follow").split(/[\s,]+/).filter(Boolean)
-    : names(claims.read);
+    : names(rights.read);
   // A message that several of them match is to be seen once.
   const covered = name => asked.some(other => other !== name && covers(other, name));
   const past = { last: value("last") ? Number(value("last")) : undefined,
@@ -7975,7 +8002,7 @@ function connect() {
   for (const name of new Set(asked)) {
     if (!covered(name)) current.subscribe(name, message => add({ message }), past);
   }
-  follow(claims.api === true ? token : "");
+  follow(rights.api === true ? token : "");
 }
 
 const ask = (path, token) => fetch(path, { headers: { Authorization: `Bearer ${token}` } });

@@ -7365,6 +7365,19 @@ def test_history_prints_what_is_kept():
     fails("history", "a", "--url", free_url(), says="refused")
 
 
+def test_the_last_messages_of_each_channel_come_though_they_fill_many_pages():
+    with running(max_queue_size=1000) as server:
+        ids = publish_to(server, "a" * 40 + "b" * 60)
+        a, b, since_b = [*range(10, 40)], [*range(70, 100)], [*range(41, 100)]
+        for words, expected in ((["b", "--last", "30"], b), (["a", "b", "--last", "30"], a + b),
+                                (["*", "--last", "30"], a + b), (["a", "--last", "50"], range(40)),
+                                (["b", "--last", "9", "--since", ids[40]], since_b),
+                                (["b", "--last", "30", "--since", "1-0"], b)):
+            status, out, err = run("history", *words, "--token", make_token(["*"]), **at(server))
+            assert (status, [*map(int, out.split())]) == (0, [*expected]), words
+            assert bool(err) is ("1-0" in words)  # what may be missing
+
+
 def test_history_ends_although_each_page_is_followed_by_another(server, monkeypatch):
     shown = []
 
@@ -8103,6 +8116,19 @@ def test_without_a_secret_the_console_lets_its_user_in_on_a_narrow_screen(consol
     console.get_by_role("button", name="Let me in").click()
     console.locator("[data-state=open]").wait_for()
     assert console.evaluate("document.documentElement.scrollWidth") == 380
+    assert not console.faults
+
+
+@with_settings(claim='https://a.example/"<b>&')
+def test_the_console_finds_the_rights_in_the_claim_of_the_setting(server, console):
+    claim = server.settings.claim
+    token = philote.new_token(SECRET, ["chat.*"], ["chat.de"], api=True, claim=claim)
+    console.get_by_label("Token").fill(token)
+    console.get_by_text("chat.*").wait_for()
+    console.get_by_role("button", name="Connect").click()
+    console.get_by_text("slow consumers").wait_for()
+    publish(server, {"channel": "chat.de", "data": "hello"}, token)
+    console.get_by_role("log").get_by_text("hello").wait_for()
     assert not console.faults
 
 
