@@ -2134,7 +2134,8 @@ class Past(NamedTuple):
 
 def parse_past(since: Any, last: Any) -> Past:
     """Take what a client asks for of the past; None is not given. Raises Refused."""
-    if last is not None and (not re.fullmatch("[0-9]{1,5}", str(last)) or int(last) > _MAX_LAST):
+    if last is not None and (type(last) not in (int, str) or not re.fullmatch(
+            "[0-9]{1,5}", str(last)) or int(last) > _MAX_LAST):
         raise Refused(f"last must be a number from 0 to {_MAX_LAST}, not {_shown(last)}")
     count = int(last or 0)
     if since is None or since == "now":
@@ -3590,6 +3591,7 @@ class Subscriber:
     """A connection that messages are queued for, whichever way they are encoded."""
 
     encoders: tuple[Encoder, Encoder]  # without ids, and with them
+    ponged = 0  # bytes of pongs; its own thread counts them
 
     def __init__(self, connection: Connection, key: AccessKey, channels: Names, past: Past,
                  rest: bytes) -> None:
@@ -3603,7 +3605,8 @@ class Subscriber:
         # Guarded by the log's lock.
         self.encoder = self.encoders[past.resumable]
         self.live = False  # whether it has joined; False while it catches up, see Log.replay()
-        # The poller's: how many bytes were written when it last found more, and when that was.
+        # The poller's: how many bytes were written when it last found more, pings and pongs left
+        # out, and when that was.
         self.sent, self.quiet_since = 0, 0.0
 
     def run(self) -> None:
@@ -3675,11 +3678,11 @@ class Subscriber:
         pings, would take the connection for dead.
         """
         connection = self.connection
-        if connection.sent == self.sent and now >= self.quiet_since + interval:
+        if connection.sent - self.ponged == self.sent and now >= self.quiet_since + interval:
             self.server.log.position_for(self)
             connection.flush()
-        if connection.sent != self.sent:
-            self.sent, self.quiet_since = connection.sent, now
+        if (sent := connection.sent - self.ponged) != self.sent:
+            self.sent, self.quiet_since = sent, now
         return now + min(interval / 4, _LONGEST_LOOK)
 
     # Any thread
@@ -3767,6 +3770,7 @@ class WebSocket(Subscriber):
         try:
             loop()
         except FrameError as error:
+            self.batch.flush()  # what came before it is acknowledged
             self.end(error.code, str(error))
         except (ValueError, AssertionError, MemoryError) as error:  # known to get out of the loop
             log.warning("%s: %s closed after %s",
@@ -3829,13 +3833,14 @@ class WebSocket(Subscriber):
             try:
                 self.receive(frame.payload.decode())
             except UnicodeDecodeError:
-                self.receive("\ufeff")  # a byte order mark, refused as any text that is not JSON
+                # The byte order mark makes it no JSON, whatever it is; it is charged by its length.
+                self.receive("\ufeff" + frame.payload.decode("latin-1"))
             return
         if frame.opcode == Opcode.PING:
             self.pings += 1
             self.last_ping = frame.payload
             if self.pings <= _PONGS:
-                self.connection.put(encode_frame(Opcode.PONG, frame.payload))
+                self._pong(frame.payload)
         if self.connection.rate.limit:
             self.delay = self.connection.rate.take(_CONTROL_COST)
 
@@ -3877,6 +3882,7 @@ class WebSocket(Subscriber):
             raise Refused("a message may subscribe or unsubscribe, not both")
         if "subscribe" not in value:
             names = check_names(value["unsubscribe"])
+            self.batch.flush()  # acknowledgements come first, as they were asked for
             self.server.log.leave(self, names)
             self.channels = Names(self.channels - {*names})
             self.connection.put(encode_answer({"unsubscribed": {"channels": names}}, ref))
@@ -3904,10 +3910,15 @@ class WebSocket(Subscriber):
     def flush(self) -> None:
         """Write to all subscribers, and what is for this connection itself."""
         if self.pings > _PONGS:
-            self.connection.put(encode_frame(Opcode.PONG, self.last_ping))
+            self._pong(self.last_ping)
         self.pings = 0
         self.batch.flush()
         self.connection.flush()
+
+    def _pong(self, payload: bytes) -> None:
+        pong = encode_frame(Opcode.PONG, payload)
+        self.ponged += len(pong)
+        self.connection.put(pong)
 
     # The poller's thread
 

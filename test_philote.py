@@ -3371,6 +3371,15 @@ def test_a_token_that_expires_while_its_messages_wait_publishes_none(server):
         assert time.time() >= expires and reader.is_quiet()
 
 
+def test_binary_frames_of_junk_cost_their_sender_as_much_as_text(writer, monkeypatch):
+    costs = []
+    monkeypatch.setattr(philote.Connection, "charge", lambda _, cost: costs.append(cost) or 0.0)
+    for opcode, byte in (1, b"x"), (2, b"\xff"):
+        writer.send(frame(opcode, byte * 50_000))
+        assert writer.receive()["error"] == "bad_message"
+    assert 10 < costs[0] <= costs[1]
+
+
 @with_settings(history_time=0)
 def test_nothing_of_what_a_quiet_client_sent_is_held(reader, writer, traced):
     before = traced()[0]
@@ -4034,6 +4043,18 @@ def test_a_quiet_client_is_told_its_position():
         assert plain.read_frame()[0] == 9
 
 
+def test_a_quiet_client_that_pings_is_told_its_position_as_well():
+    with running(ping_interval=0.5) as server, Returner(server, ["a"]) as client:
+        wanted, = publish_to(server, "z")
+
+        def is_told():
+            client.send(frame(9, b"ping") * 20)  # of these, 17 are answered
+            return ("id", wanted) in [pair for _ in range(17) for opcode, payload in [
+                client.read_frame()] if opcode == 1 for pair in json.loads(payload).items()]
+
+        wait_until(is_told)
+
+
 @contextlib.contextmanager
 def replaying(server, past, count, payload=b'{"data":1}'):
     """A connection, its WebSocket, and the replay of so many messages of the channel a."""
@@ -4218,6 +4239,25 @@ def test_a_pattern_is_not_too_long(server):
     with RawClient(server, ["*"], query="?channel=a") as client:
         assert client.ask(subscribe=["x" * 257 + "*"])["error"] == "bad_message"
         assert "subscribed" in client.ask(subscribe=["x" * 256 + "*", "y" * 3000])
+
+
+def acknowledged(ref):
+    return frame(1, json.dumps({"channel": "a", "data": "x", "ref": ref}))
+
+
+@pytest.mark.parametrize("bad, code", [
+    (frame(1, b"\xff"), 1007), (frame(1, b"x" * (1 << 21)), 1009), (frame(0, b"x"), 1002),
+    (frame(1, b"x", rsv=4), 1002)])
+def test_what_came_before_a_bad_frame_is_acknowledged(server, bad, code):
+    with RawClient(server, write=["a"]) as client:
+        client.send(acknowledged("r") + bad[:100])
+        assert client.receive()["published"]["ref"] == "r" and client.read_close() == code
+
+
+def test_what_came_before_an_unsubscription_is_acknowledged_before_it(server):
+    with RawClient(server, ["a"], ["a"]) as client:
+        client.send(acknowledged("r") + frame(1, json.dumps({"unsubscribe": ["a"]})))
+        assert [*client.receive(), *client.receive()] == ["published", "unsubscribed"]
 
 
 def test_an_acknowledgement_comes_before_a_message_with_a_higher_id(server, monkeypatch):
