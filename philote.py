@@ -3770,8 +3770,10 @@ class WebSocket(Subscriber):
         try:
             loop()
         except FrameError as error:
-            self.batch.flush()  # what came before it is acknowledged
-            self.end(error.code, str(error))
+            try:
+                self.flush()  # what came before it is acknowledged (with Redis, if that was faster)
+            finally:
+                self.end(error.code, str(error))
         except (ValueError, AssertionError, MemoryError) as error:  # known to get out of the loop
             log.warning("%s: %s closed after %s",
                         self.connection.address, self.id, type(error).__name__)
@@ -3882,7 +3884,7 @@ class WebSocket(Subscriber):
             raise Refused("a message may subscribe or unsubscribe, not both")
         if "subscribe" not in value:
             names = check_names(value["unsubscribe"])
-            self.batch.flush()  # acknowledgements come first, as they were asked for
+            self.batch.deliver()  # acknowledgements come first, but for those of Redis
             self.server.log.leave(self, names)
             self.channels = Names(self.channels - {*names})
             self.connection.put(encode_answer({"unsubscribed": {"channels": names}}, ref))
@@ -4799,7 +4801,7 @@ def _make_console(is_open: bool, claim: str) -> tuple[bytes, str]:
     if is_open:
         page = page.replace('data-secret="set"', 'data-secret="empty"', 1)
     page = page.replace('data-claim=""', f'data-claim="{html.escape(claim)}"', 1)
-    return page.encode(), (
+    return page.encode(errors="replace"), (  # CLAIM may hold any bytes
         f"default-src 'none'; script-src 'self' 'sha256-{script}'; style-src 'sha256-{style}'; "
         "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; "
         "frame-ancestors 'none'")
@@ -7154,13 +7156,16 @@ def _history(arguments: argparse.Namespace) -> int:
         messages, position, complete = ask(**past)
         if not complete:
             _tell(str(Gap()))
-        # `last` counts where `since` is not given, or cannot be met. The pages behind the first may
-        # hold more of a channel that was not on that: so all are gathered before any is shown.
-        only_last |= "last" in past and not (complete and "since" in past)
+        # `last` counts alone, beside `now`, and beside an id that is no longer kept. The pages
+        # behind the first may hold more of a channel that was not on that: so all are gathered.
+        since = past.get("since", "now")
+        only_last |= "last" in past and (since == "now" or not complete and "-" in since)
         found += messages
+        if only_last:
+            found = _last_of_each(found, arguments.last)
         at_end = not messages or position >= end
         if at_end or not only_last:
-            for message in _last_of_each(found, arguments.last) if only_last else found:
+            for message in found:
                 _show(message, arguments.json)
             found = []
         if at_end:
