@@ -41,7 +41,7 @@ The threads, and what each may wait for:
                 the past (Connection.catch_up), and where a limit slows the peer down
                 (Connection.pause). Also up to 5 seconds for the keys of an identity provider, and
                 with REDIS_URL for Redis: while too much that was published here has not come back
-                (Outbox); up to 5 seconds for its request's answer, and 10 for an id that another
+                (Outbox); up to 5 seconds for its request's answer, and 8 for an id that another
                 server gave out. Never waits for another peer: it writes to the sockets of all
                 subscribers, but only what they take at once.
     poller      Poller.run. Waits for sockets that were full and for points in time, for all
@@ -2830,7 +2830,8 @@ _HEARTBEAT_TIME = 2  # seconds between heartbeats
 _GONE_TIME = 30  # seconds without one, after which a server counts as gone. It may just be late:
 #                  its read thread may wait 10 s for its subscribers, and ours for ours (_let_read)
 _UNAVAILABLE_TIME = 5  # seconds for an answer of Redis, and for an entry to come back
-_LAG_TIME = 10  # seconds that a client waits whose position we have not read yet (wait_until())
+_LAG_TIME = 8  # seconds that a client waits whose position we have not read yet (wait_until()):
+#                less than the 10 that ours wait for an answer, or they would never get in
 _OUTBOX_SIZE = 1 << 24  # bytes that may wait to come back; with more, publishers have to wait
 _MOST_ENTRIES, _MOST_BYTES = 500, 1 << 20  # that are appended, or read, at a time
 _MOST_TRIMMED = 100_000  # entries that are cut off at a heartbeat, at most: more than come between
@@ -3203,7 +3204,7 @@ class RedisLog(Log):
                         self.gaps += 1
                         connection.put(subscriber.encode_gap(self.position))
                         told.append(connection)
-                    else:  # nothing may come behind what it missed
+                    elif subscriber.channels:  # nothing may come behind what it missed
                         for name in subscriber.channels:
                             self._leave(subscriber, name)
                         ended.append(subscriber)
@@ -3591,7 +3592,9 @@ class Subscriber:
     """A connection that messages are queued for, whichever way they are encoded."""
 
     encoders: tuple[Encoder, Encoder]  # without ids, and with them
-    ponged = 0  # bytes of pongs; its own thread counts them
+    # Bytes of pongs and acknowledgements. Its own thread counts them; with Redis the read thread,
+    # too. If one of two is lost that they count at once, the position comes an interval later.
+    answered = 0
 
     def __init__(self, connection: Connection, key: AccessKey, channels: Names, past: Past,
                  rest: bytes) -> None:
@@ -3605,8 +3608,8 @@ class Subscriber:
         # Guarded by the log's lock.
         self.encoder = self.encoders[past.resumable]
         self.live = False  # whether it has joined; False while it catches up, see Log.replay()
-        # The poller's: how many bytes were written when it last found more, pings and pongs left
-        # out, and when that was.
+        # The poller's: how many bytes were written when it last found more, without what is
+        # `answered` and pings, and when that was.
         self.sent, self.quiet_since = 0, 0.0
 
     def run(self) -> None:
@@ -3678,10 +3681,10 @@ class Subscriber:
         pings, would take the connection for dead.
         """
         connection = self.connection
-        if connection.sent - self.ponged == self.sent and now >= self.quiet_since + interval:
+        if connection.sent - self.answered == self.sent and now >= self.quiet_since + interval:
             self.server.log.position_for(self)
             connection.flush()
-        if (sent := connection.sent - self.ponged) != self.sent:
+        if (sent := connection.sent - self.answered) != self.sent:
             self.sent, self.quiet_since = sent, now
         return now + min(interval / 4, _LONGEST_LOOK)
 
@@ -3797,7 +3800,7 @@ class WebSocket(Subscriber):
         of the read.
         """
         while data := self.rest or self.connection.read(self.read_size):
-            self.rest = b""
+            self.rest, published = b"", self.connection.published
             with self.server.take_turn(size := len(data)):
                 item = self._take_apart(self.frames.send(data))
             data = b""  # which may be large, and the wait for more long
@@ -3813,7 +3816,8 @@ class WebSocket(Subscriber):
                 with self.server.take_turn(size):
                     item = self._take_apart(next(self.frames))
                 self.flush()
-            self.server.log.wait_for_room(self.connection)
+            if self.connection.published > published:  # who only subscribes need not wait
+                self.server.log.wait_for_room(self.connection)
         return b""
 
     def _take_apart(self, item: str | Frame | bytes | None) -> str | Frame | bytes | None:
@@ -3876,7 +3880,9 @@ class WebSocket(Subscriber):
                              connection.rate.take(_REFUSED_COST))
 
     def _tell_published(self, ref: str, position: int, _: int) -> None:
-        self.connection.put(encode_answer({"published": {"ref": ref, "id": encode_id(position)}}))
+        answer = encode_answer({"published": {"ref": ref, "id": encode_id(position)}})
+        self.answered += len(answer)
+        self.connection.put(answer)
 
     def _change_subscriptions(self, value: dict[str, Any], ref: str | None) -> None:
         # A subscription may take long: it is served by read_messages(), which calls _subscribe().
@@ -3919,7 +3925,7 @@ class WebSocket(Subscriber):
 
     def _pong(self, payload: bytes) -> None:
         pong = encode_frame(Opcode.PONG, payload)
-        self.ponged += len(pong)
+        self.answered += len(pong)
         self.connection.put(pong)
 
     # The poller's thread

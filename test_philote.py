@@ -3672,6 +3672,15 @@ def test_those_who_send_much_at_a_time_take_turns(server, monkeypatch, reader, w
         assert reader.receive_data(40) == ["busy"] * 40
 
 
+def test_only_who_publishes_waits_for_room_in_the_log(server, monkeypatch):
+    waits = []
+    monkeypatch.setattr(philote.Log, "wait_for_room", lambda *_: waits.append("for room") or True)
+    with RawClient(server, ["a"], ["b"]) as client:
+        assert "subscribed" in client.ask(subscribe=["a"]) and client.is_quiet() and not waits
+        client.publish("b", "x")
+        wait_until(lambda: waits)
+
+
 def test_what_stands_behind_a_subscription_waits_for_its_turn_as_well(server, monkeypatch):
     monkeypatch.setattr(philote, "_LARGE_READ", 1000)
     server.interpreter_lock = True
@@ -4041,6 +4050,15 @@ def test_a_quiet_client_is_told_its_position():
             pass
         assert stream.read_event() == [b"id: %b\n" % wanted.encode()]
         assert plain.read_frame()[0] == 9
+
+
+def test_a_quiet_client_that_publishes_is_told_its_position_as_well():
+    with running(ping_interval=0.5) as server, Returner(server, ["a"], write=["b"]) as client:
+        def is_told():
+            client.send(frame(1, json.dumps({"channel": "b", "ref": "r"})))
+            return [*client.receive()] == ["id"]
+
+        wait_until(is_told)
 
 
 def test_a_quiet_client_that_pings_is_told_its_position_as_well():
@@ -4640,7 +4658,8 @@ def is_told_of_a_gap(client, plain):
 
 def test_a_redis_that_lost_its_memory_is_a_gap_for_everybody_and_goes_on(pair, store):
     with Returner(pair[0], ["a"], "?since=now") as one, RawClient(pair[0], ["a"]) as plain_one, \
-            Returner(pair[1], ["a"], "?since=now") as two, RawClient(pair[1], ["a"]) as plain_two:
+            Returner(pair[1], ["a"], "?since=now") as two, RawClient(pair[1], ["a"]) as plain_two, \
+            RawClient(pair[1], write=["b"]) as publisher:
         before, = publish_to(pair[0], "a", 1)
         assert one.receive()["id"] == two.receive()["id"] == before
         assert plain_one.receive_data(1) == plain_two.receive_data(1) == [1]
@@ -4649,6 +4668,7 @@ def test_a_redis_that_lost_its_memory_is_a_gap_for_everybody_and_goes_on(pair, s
         store.folder.mkdir()
         store.start()
         behind = [is_told_of_a_gap(one, plain_one), is_told_of_a_gap(two, plain_two)]
+        assert publisher.is_quiet()  # who reads nothing has missed nothing
         after, = publish_to(pair[1], "a", 2)
         assert one.receive()["id"] == two.receive()["id"] == after
         for server in pair:
