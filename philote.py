@@ -5598,7 +5598,8 @@ def _tell_error(error: Exception) -> str:
 #        the request that it was sent by.
 #     2. A replay brings only channels that are joined. Those that we only publish to are joined for
 #        this, one by one, each with a replay (ref _CHECK), and left again (ref _CAUGHT_UP).
-#     3. The server answers in order. When it answers _CAUGHT_UP, all replays have been read.
+#     3. The server answers subscriptions in order. So when it answers _CAUGHT_UP, all replays have
+#        been read. (Acknowledgements may come later where it shares its log in Redis.)
 #     4. What is still unanswered is sent again, in order; meanwhile new requests wait behind it.
 #
 # For a client that had published "hello" to the channel logs, and follows news:
@@ -6164,8 +6165,9 @@ class Client:
             elif "error" in value:
                 error = Forbidden(str(value.get("reason", value["error"])))
                 # An error without a ref answers what the server could not read. As it answers in
-                # order, that was the oldest unanswered request. (Not so with reconnect=False, where
-                # messages that nobody waits for have no ref.)
+                # order, that was the oldest unanswered request. (With Redis it may be a later one:
+                # acknowledgements come late there. Not so with reconnect=False, where messages
+                # that nobody waits for have no ref.)
                 if ref is None and self._reconnect:
                     ref = next(iter(self._requests), None)
                 request = self._answer(ref, error)
