@@ -3592,9 +3592,7 @@ class Subscriber:
     """A connection that messages are queued for, whichever way they are encoded."""
 
     encoders: tuple[Encoder, Encoder]  # without ids, and with them
-    # Bytes of pongs and acknowledgements. Its own thread counts them; with Redis the read thread,
-    # too. If one of two is lost that they count at once, the position comes an interval later.
-    answered = 0
+    uncounted = 0  # bytes, see put_uncounted()
 
     def __init__(self, connection: Connection, key: AccessKey, channels: Names, past: Past,
                  rest: bytes) -> None:
@@ -3608,8 +3606,8 @@ class Subscriber:
         # Guarded by the log's lock.
         self.encoder = self.encoders[past.resumable]
         self.live = False  # whether it has joined; False while it catches up, see Log.replay()
-        # The poller's: how many bytes were written when it last found more, without what is
-        # `answered` and pings, and when that was.
+        # The poller's: how many bytes were written when it last found more, without the uncounted,
+        # and when that was.
         self.sent, self.quiet_since = 0, 0.0
 
     def run(self) -> None:
@@ -3681,14 +3679,22 @@ class Subscriber:
         pings, would take the connection for dead.
         """
         connection = self.connection
-        if connection.sent - self.answered == self.sent and now >= self.quiet_since + interval:
+        if connection.sent - self.uncounted == self.sent and now >= self.quiet_since + interval:
             self.server.log.position_for(self)
             connection.flush()
-        if (sent := connection.sent - self.answered) != self.sent:
+        if (sent := connection.sent - self.uncounted) != self.sent:
             self.sent, self.quiet_since = sent, now
         return now + min(interval / 4, _LONGEST_LOOK)
 
     # Any thread
+
+    def put_uncounted(self, data: bytes) -> None:
+        """Queue what for tell_position() does not count as sent: it moves no client's position.
+
+        Where two threads count at once, one may be lost; then the position comes an interval later.
+        """
+        self.uncounted += len(data)
+        self.connection.put(data)
 
     def encode_beginning(self, position: int, resumed: bool) -> bytes:
         """Encode what a client that asked for ids is told first."""
@@ -3846,7 +3852,7 @@ class WebSocket(Subscriber):
             self.pings += 1
             self.last_ping = frame.payload
             if self.pings <= _PONGS:
-                self._pong(frame.payload)
+                self.put_uncounted(encode_frame(Opcode.PONG, frame.payload))
         if self.connection.rate.limit:
             self.delay = self.connection.rate.take(_CONTROL_COST)
 
@@ -3880,9 +3886,7 @@ class WebSocket(Subscriber):
                              connection.rate.take(_REFUSED_COST))
 
     def _tell_published(self, ref: str, position: int, _: int) -> None:
-        answer = encode_answer({"published": {"ref": ref, "id": encode_id(position)}})
-        self.answered += len(answer)
-        self.connection.put(answer)
+        self.put_uncounted(encode_answer({"published": {"ref": ref, "id": encode_id(position)}}))
 
     def _change_subscriptions(self, value: dict[str, Any], ref: str | None) -> None:
         # A subscription may take long: it is served by read_messages(), which calls _subscribe().
@@ -3918,15 +3922,10 @@ class WebSocket(Subscriber):
     def flush(self) -> None:
         """Write to all subscribers, and what is for this connection itself."""
         if self.pings > _PONGS:
-            self._pong(self.last_ping)
+            self.put_uncounted(encode_frame(Opcode.PONG, self.last_ping))
         self.pings = 0
         self.batch.flush()
         self.connection.flush()
-
-    def _pong(self, payload: bytes) -> None:
-        pong = encode_frame(Opcode.PONG, payload)
-        self.answered += len(pong)
-        self.connection.put(pong)
 
     # The poller's thread
 
@@ -3947,9 +3946,8 @@ class WebSocket(Subscriber):
             return heard + interval
         if self.pinged <= heard:
             self.pinged = now
-            connection.put(_PING)
+            self.put_uncounted(_PING)
             connection.flush()
-            self.sent += len(_PING)  # for tell_position() a ping does not count as sent
         if now < self.pinged + interval:
             return self.pinged + interval
         if self.end(CloseReason.INTERNAL_ERROR, "ping timeout"):
@@ -6323,6 +6321,12 @@ def _path_of(url: urllib.parse.SplitResult) -> str:
     return "/" if url.scheme == _WS_UNIX else url.path or "/"
 
 
+def _target(url: urllib.parse.SplitResult, path: str, parameters: Any) -> str:
+    # The query of the URL is kept, and may hold a token.
+    query = "&".join(filter(None, [url.query, urllib.parse.urlencode(parameters, doseq=True)]))
+    return path + ("?" + query if query else "")
+
+
 def _bearer(token: str) -> str:
     if not re.fullmatch("[!-~]*", token):
         raise PhiloteError("the token holds characters that no token has")
@@ -6363,11 +6367,10 @@ class _Link:
 
     def _shake_hands(self, url: urllib.parse.SplitResult, token: str,
                      parameters: Sequence[tuple[str, Any]]) -> None:
-        query = "&".join(filter(None, [url.query, urllib.parse.urlencode(parameters)]))
         headers = [(b"Authorization", _bearer(token).encode())] if token else []
         self.sock.send(self.protocol.send(wsproto.events.Request(
             host=url.netloc.rpartition("@")[2] or "localhost", extra_headers=headers,
-            target=_path_of(url) + ("?" + query if query else ""))))
+            target=_target(url, _path_of(url), parameters))))
         try:
             while not (event := next(self.protocol.events(), None)):
                 self.protocol.receive_data(self.sock.recv())  # refuses a head above 16 KiB
@@ -7010,7 +7013,6 @@ def _get(arguments: argparse.Namespace, name: str, most: int | None = None, toke
          parameters: Mapping[str, Any] = {}) -> tuple[int, Any]:
     """Ask a server over HTTP: the status, and what its JSON says, of up to `most` bytes."""
     url = split_url(arguments.url)
-    query = "&".join(filter(None, [url.query, urllib.parse.urlencode(parameters, doseq=True)]))
     kind = http.client.HTTPSConnection if url.scheme == "wss" else http.client.HTTPConnection
     connection = kind(url.hostname or "localhost", url.port, timeout=_ANSWER_TIME)
     with contextlib.closing(connection):
@@ -7018,8 +7020,8 @@ def _get(arguments: argparse.Namespace, name: str, most: int | None = None, toke
             connection.sock = _dial(url, 0)
         # As a browser finds it: a proxy may have the server below a path, ws://host/chat/ (without
         # the last slash, its last part is replaced, as in the links of a page).
-        target = urllib.parse.urljoin(_path_of(url), name) + ("?" + query if query else "")
-        connection.request("GET", target,
+        path = urllib.parse.urljoin(_path_of(url), name)
+        connection.request("GET", _target(url, path, parameters),
                            headers={"Authorization": _bearer(token)} if token else {})
         response = connection.getresponse()
         return response.status, json.loads(response.read(most))
