@@ -5764,6 +5764,9 @@ class Client:
         self._subscribing: list[_Request] = []  # the subscriptions among them
         self._refs = map(str, itertools.count(1))
         self._position = ""
+        # While what `last` asked for comes, the position is its end already. This is the id up to
+        # which it has come, "" if none of it has; None where it has all come, or was not asked for.
+        self._behind: str | None = None
         # The issuers that the server gave our last connections: by them we know our own messages.
         self._issuers: collections.deque[str] = collections.deque(maxlen=100)
         # By channel, the highest id of a message of ours that was answered. Those up to it answer
@@ -5798,7 +5801,7 @@ class Client:
         the id of the last message that receive() returned instead.
         """
         with self._changed:
-            return self._position
+            return self._behind or self._position
 
     def publish(self, channel: str, data: Any, wait: bool = False) -> str | None:
         """Send a message, whose data is any JSON value; with `wait` returns its id.
@@ -6016,7 +6019,8 @@ class Client:
         # The server answers both with "connected" first, see _begin(). With reconnect=False, no
         # wish for the past and no channels left for _begin(), there is no `since`: then there are
         # no ids, nor that message.
-        past = {"since": self._position} if self._position else self._past
+        since = self._behind or self._position
+        past = {"since": since} if since else self._past
         parameters = [*past.items()]
         later: list[str] = []  # channels that do not fit into the query; _begin() joins them
         for name in sorted(self._channels or ()):
@@ -6062,8 +6066,11 @@ class Client:
             # The server is not silent for much longer than `ping` seconds; with 0 it may be.
             link.patience = 2 * float(begin["ping"]) or math.inf
             self._issuers.append(begin["issuer"])
-            if not begin["resumed"]:
+            if not begin["resumed"] or self._behind == "":
                 self._put(Gap(), 0)
+                self._behind = None
+            if past.get("last") and not ("since" in past and begin["resumed"]):
+                self._behind = ""
             if not position or not begin["resumed"]:
                 self._position = begin["id"]
             if past == {"since": "now"}:  # the server would take it for the time when it reads this
@@ -6176,10 +6183,10 @@ class Client:
                 if request := self._answer(value["published"]["ref"], value):
                     self._acknowledge(request.value["channel"], value["published"]["id"])
             elif "gap" in value:
-                self._position = value["gap"]["id"]
+                self._position, self._behind = value["gap"]["id"], None
                 self._put(Gap(), 0)
             elif "id" in value:
-                self._position = value["id"]
+                self._position, self._behind = value["id"], None
             elif (request := self._answer(ref, value)) and "subscribed" in value:
                 self._channels = Names(self._joined() | {*request.value["subscribe"]})
                 if not value["subscribed"]["resumed"]:
@@ -6205,7 +6212,9 @@ class Client:
         message = Message(*(value.get(name, "") for name in Message._fields))
         if message.id:
             if _as_numbers(message.id) > _as_numbers(self._position):
-                self._position = message.id
+                self._position, self._behind = message.id, None
+            elif self._behind is not None:
+                self._behind = max(self._behind, message.id, key=_as_numbers)
             if message.issuer in self._issuers:  # of ours: that it is here is an acknowledgement
                 if _as_numbers(message.id) > self._acknowledged.get(
                         message.channel, self._all_acknowledged):

@@ -6563,6 +6563,32 @@ def test_the_past_is_received_first(server):
         assert receive_until(client, 1) == ([2], 1)
 
 
+def test_a_client_that_is_cut_while_the_last_messages_come_gets_them_all(proxy):
+    texts = [f"{number} ".ljust(150_000, "x") for number in range(90)]
+    with RawClient(proxy.server, ["a"], ["a"]) as writer:
+        publish_all(writer, "a", [*texts, "the last"])
+        assert writer.is_quiet()
+        with philote.Client(proxy.url, GOOD, last=80) as client:
+            data = []
+            for _ in range(5):
+                data += receive_all(client, 5)
+                proxy.cut()
+            assert receive_until(client, 55) == ([*texts[36:], "the last"], 0)
+            assert data == texts[11:36]
+
+
+def test_a_client_that_got_none_of_the_last_messages_is_told_of_a_gap(quick):
+    def begin(end):
+        end.send(end.bare_upgrade + beginning())
+
+    def bring(end):
+        assert b"?since=1-0 " in end.head
+        end.work(plain(1, stamped("new", id="2-0")))
+
+    with answering(begin, bring) as url, philote.Client(url, GOOD, last=5) as client:
+        assert receive_until(client, 1) == (["new"], 1)
+
+
 def test_a_server_that_is_dead_is_noticed_within_two_heartbeats(quick):
     def be_silent(end):
         end.send(end.bare_upgrade + beginning(ping=0.2))
