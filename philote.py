@@ -2265,6 +2265,9 @@ class History:
     def trim(self, now: int) -> None:
         """Forget what is too old or too much."""
         groups, at, oldest = self.groups, self.start, now - self.time
+        if at < len(groups) and groups[at][0] < oldest:  # nobody gets it any more
+            self.floor = _last_id(groups[bisect.bisect_left(
+                groups, oldest, at, key=operator.itemgetter(0)) - 1])
         # Of what is too old, _SCAN messages at most: after a quiet time there may be many, and the
         # next calls forget the others. What is too much goes at once, and a little more, so that
         # the next message need not do it again.
@@ -2273,7 +2276,7 @@ class History:
         while at < len(groups) and (
                 self.size > limit or groups[at][0] < oldest and self.count > least):
             _, name, payloads, size = groups[at]
-            self.floor = _last_id(groups[at])
+            self.floor = max(self.floor, _last_id(groups[at]))
             groups[at] = _FORGOTTEN
             at += 1
             self.count -= len(payloads)
@@ -2337,10 +2340,10 @@ class History:
             if name in self.by_name:
                 left = count
                 for first, _, payloads, _ in reversed(self.by_name[name][1]):
-                    left -= len(payloads)
-                    if left <= 0:
+                    if left <= 0 or first <= self.floor:
                         break
-                lasts[name] = first - min(left, 0)  # the oldest group may have more than needed
+                    left -= len(payloads)
+                    lasts[name] = first - min(left, 0)  # a group may have more than needed
         return lasts
 
     def names_behind(self, position: int) -> set[str]:

@@ -3861,6 +3861,18 @@ def test_what_is_no_longer_kept_is_said_and_no_part_of_it_is_sent(lost):
             assert again.beginning["resumed"] is True and again.is_quiet()
 
 
+@pytest.mark.parametrize("query", ["?last=9", "?since=1h", "?last=1&channel=a", "?since={0}"])
+def test_what_is_too_old_is_not_sent_even_where_it_is_not_forgotten_yet(monkeypatch, query):
+    monkeypatch.setattr(philote, "_SCAN", 1)  # internal: so many messages are forgotten at once
+    with running(history_time=1) as server:
+        ids = publish_to(server, "abababab")
+        time.sleep(1.1)
+        expected = [], ids[-1], not query.startswith("?since")
+        assert history_of(server, query.format(*ids)) == expected
+        assert totals(server)["history_messages"] > 1
+        assert history_of(server, "?since=" + ids[-1]) == ([], ids[-1], True)
+
+
 def test_a_stream_comes_back_with_the_last_event_that_it_saw(server):
     ids = publish_to(server, "aaaa", sub="someone")
     with Follower(server, query="?since=10m", headers={"Last-Event-ID": ids[1]}) as stream:
