@@ -3047,7 +3047,7 @@ class RedisLog(Log):
         # For each question of end_connections(), until it returns: what each server has ended.
         self.asked: dict[str, dict[str, int]] = {}
         self.read_count = self.skipped = self.repeated = self.losses = 0
-        self.at_end = 0.0  # when the read thread was last at the end of the log
+        self.at_end = 0.0  # all that was in the log at that time has been read
         self.patience, self.rested = 10.0, time.monotonic()  # see _let_read()
         self.stalled: dict[Connection, int] = {}  # and the bytes written to each when it stalled
         # Bytes that may wait for a subscriber before _let_read() waits for it, too: what comes
@@ -3377,13 +3377,14 @@ class RedisLog(Log):
         while breaks == self.breaks and not self.closing.is_set():
             # BLOCK is in milliseconds. It answers after a second at most, so that silence of
             # _UNAVAILABLE_TIME is a failure.
+            asked = time.monotonic()
             answer = self._execute(connection, (
                 "XREAD", "COUNT", count, "BLOCK", 200 * _UNAVAILABLE_TIME, "STREAMS", self.key,
                 "{}-{}".format(*self.cursor)))
             entries = answer[0][1] if answer else []
             size = self._receive(entries)
             if len(entries) < count:
-                self.at_end = time.monotonic()
+                self.at_end = asked  # this process may have been stopped since
             # While there is more, ask for more at a time. But not where entries are large: COUNT
             # limits their number, and nothing limits their bytes.
             more = len(entries) == count and size < _MOST_BYTES >> 1

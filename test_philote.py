@@ -5161,6 +5161,19 @@ def test_the_stream_is_not_cut_past_who_was_not_heard_while_this_server_was_stop
     assert server._find_floor() == "9-0"
 
 
+def test_the_end_of_the_stream_counts_from_before_it_was_asked_for(store, monkeypatch):
+    with running(redis_url=store.url) as server:
+        waits, go = hold(monkeypatch, philote.RedisLog, "_execute",  # internal
+                         lambda _log, _connection, command, *_: command[0] == "XREAD", at_end=True)
+        assert waits.wait(PATIENCE)
+        answered, seen = time.monotonic(), [server.log.at_end]
+        monkeypatch.setattr(philote.RedisLog, "at_end", property(
+            lambda _: seen[-1], lambda _, value: seen.append(value)), raising=False)
+        go.set()
+        wait_until(lambda: seen[1:])
+        assert seen[1] < answered
+
+
 def test_the_stream_is_not_cut_past_who_was_not_heard_where_redis_is_lost_while_it_is_stopped():
     server = philote.RedisLog(philote.Settings(redis_url="redis://localhost"))
     server.at_end = now = time.monotonic() - 90  # it has read all, and was stopped since
