@@ -811,7 +811,7 @@ def _channel_names(claims: dict[str, Any], name: str) -> Names:
     if names is None:
         return _NO_NAMES
     if not isinstance(names, list) or not all(
-            isinstance(channel, str) and channel for channel in names):
+            isinstance(channel, str) and channel and _is_encodable(channel) for channel in names):
         raise TokenError(f"the token's claim {name} must be a list of channel names")
     return Names(names) if names else _NO_NAMES
 
@@ -886,6 +886,8 @@ def check_message(value: Any) -> tuple[str, str]:
     channel, data = value.get("channel"), value.get("data")
     if type(channel) is not str or not channel:
         raise Refused(f"channel must be a string that is not empty, not {_shown(channel)}")
+    if not (channel.isascii() or _is_encodable(channel)):
+        raise Refused(f"{_shown(channel)} holds half of a surrogate pair, which no URL can name")
     if channel[-1] == "*":
         raise Refused(f"{_shown(channel)} is a pattern; a message has one channel")
     if type(data) is str:
@@ -908,8 +910,9 @@ def check_ref(ref: Any) -> str:
 
 def check_names(names: Any) -> list[str]:
     """Take the channels and patterns of a subscription. Raises Refused."""
-    if type(names) is not list or not all(type(name) is str and name for name in names):
-        raise Refused("channels are a list of strings that are not empty")
+    if type(names) is not list or not all(
+            type(name) is str and name and _is_encodable(name) for name in names):
+        raise Refused("channels are a list of strings that are not empty, in Unicode")
     return list(dict.fromkeys(names))
 
 
@@ -5760,6 +5763,8 @@ class Client:
             since=since or ("now" if reconnect and last is None else None), last=last)
         self._changed = threading.Condition()  # guards all below, but for _asking; reentrant
         self._channels = None if channels is None else Names(channels)  # None: all that may be read
+        if not all(map(_is_encodable, self._channels or ())):
+            raise PhiloteError("a channel's name cannot hold half of a surrogate pair")
         self._received: collections.deque[tuple[Message | Gap, int]] = collections.deque()
         self._received_size = 0
         self._refusals: collections.deque[PhiloteError] = collections.deque()
@@ -5856,7 +5861,8 @@ class Client:
         received, and Forbidden for a message that we published.
         """
         with self._changed:
-            self._changed.wait_for(lambda: self._refusals or self._received or self._end, timeout)
+            self._changed.wait_for(lambda: self._refusals or self._received or self._end,
+                                   None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
             self._raise_refusal()
             if not self._received:
                 self._raise_end()
@@ -5885,9 +5891,10 @@ class Client:
         Waits for that while there is progress, and gives up after 10 seconds without. Raises
         ConnectionClosed or OSError where a message may be lost, Forbidden where one was refused.
         """
-        self._wait_while(lambda: bool(self._unanswered()) and not self._end)
+        answered = self._wait_while(
+            lambda: bool(self._unanswered()) and not self._end, _ANSWER_TIME)
         end = self._end
-        self._close()
+        self._close(_ANSWER_TIME if answered else 0)
         self._raise_refusal()
         if count := self._unanswered():
             lost = "1 message was" if count == 1 else f"{count} messages were"
@@ -5902,39 +5909,40 @@ class Client:
         if kind is None:
             self.close()
         else:
-            self._close()
+            self._close(_ANSWER_TIME)
 
     def _unanswered(self) -> int:
         with self._changed:
             return sum("channel" in request.value for request in self._requests.values())
 
-    def _close(self) -> None:
+    def _close(self, patience: float) -> None:
         # A closing handshake. The server may take its time to read what was published before.
         with self._changed:
             self._closing = True
             self._changed.notify_all()
         # Where the system has no thread left for it, no close frame is sent; then the wait below
-        # ends after _ANSWER_TIME.
+        # ends after `patience` seconds.
         with contextlib.suppress(OSError):
             _send_aside(self._link.send_if_open, wsproto.events.CloseConnection(
                 CloseReason.NORMAL_CLOSURE))
-        self._wait_while(self._thread.is_alive)
+        self._wait_while(self._thread.is_alive, patience)
         self._link.abort()
-        self._thread.join(_ANSWER_TIME)
+        self._thread.join(1)  # it may be in a function of the program's that does not return
 
-    def _wait_while(self, condition: Callable[[], bool]) -> None:
-        # Gives up after _ANSWER_TIME without progress. Progress is a new connection, bytes of ours
-        # that the server's system has acknowledged, or an answer. No event tells of acknowledged
-        # bytes, so this looks 50 times a second. The pause between is a join(): it ends at once
-        # when the reading thread does.
+    def _wait_while(self, condition: Callable[[], bool], patience: float) -> bool:
+        # Gives up after `patience` seconds without progress, and returns whether it did not.
+        # Progress is a new connection, bytes of ours that the server's system has acknowledged, or
+        # an answer. No event tells of acknowledged bytes, so this looks 50 times a second. The
+        # pause between is a join(): it ends at once when the reading thread does.
         progress, end = None, 0.0
         while condition():
             before, progress = progress, (self._link, self._link.sock.taken(), len(self._requests))
             if progress != before:
-                end = time.monotonic() + _ANSWER_TIME
+                end = time.monotonic() + patience
             elif time.monotonic() > end:
-                break
+                return False
             self._thread.join(0.02)
+        return True
 
     def _ask(self, value: dict[str, Any], awaited: bool) -> _Request:
         if awaited and threading.current_thread() is self._thread:  # which has to read the answer
@@ -6101,8 +6109,16 @@ class Client:
             # channels. Sent aside: this thread has to read.
             values = [*({"subscribe": [name], "since": since, "ref": _CHECK} for name in unseen),
                       {"unsubscribe": leave, "ref": _CAUGHT_UP}]
-            _send_aside(link.send_if_open, *(
+            _send_aside(self._look_for_ours, link, bool(position and self._requests), *(
                 wsproto.events.TextMessage(json.dumps(value)) for value in values))
+
+    def _look_for_ours(self, link: _Link, wait: bool, *events: wsproto.events.Event) -> None:
+        # After a pause: what the server has received on the lost connection it shall have read by
+        # then. It may have been stopped, and read both connections at once now.
+        if wait:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing or self._end, _FIRST_PAUSE)
+        link.send_if_open(*events)
 
     def _run(self) -> None:
         link: _Link | None = self._link
@@ -6110,7 +6126,10 @@ class Client:
             while link:
                 try:
                     for text in link.texts:
-                        self._take(link, json.loads(text), len(text))
+                        try:
+                            self._take(link, json.loads(text), len(text))
+                        except RecursionError:
+                            self._skip(text)
                 except (OSError, ProtocolError):
                     pass
                 except (*_NO_PHILOTE, MemoryError) as error:
@@ -6127,12 +6146,10 @@ class Client:
                 self._changed.notify_all()
 
     def _come_back(self, error: PhiloteError | OSError) -> _Link | None:
-        # The pause is random, so that not all clients of a server that restarts come at once. With
-        # unanswered messages it has a least length: what the server has received of them on the
-        # lost connection it shall have read by then, so that step 2 finds it.
-        pause, least = _FIRST_PAUSE, _FIRST_PAUSE if self._unanswered() else 0
+        # The pause is random, so that not all clients of a server that restarts come at once.
+        pause = _FIRST_PAUSE
         while self._reconnect and not self._closing and not self._is_final(error):
-            wait = max(random.uniform(0, pause), least)
+            wait = random.uniform(0, pause)
             self.on_disconnect(error, wait)
             with self._changed:
                 if self._changed.wait_for(lambda: self._closing, wait):
@@ -6192,6 +6209,9 @@ class Client:
             elif "id" in value:
                 self._position, self._behind = value["id"], None
             elif (request := self._answer(ref, value)) and "subscribed" in value:
+                # What was joined before has all up to there by now. And when the client comes
+                # back, the channels joined here shall bring nothing of before.
+                self._move_to(value["subscribed"]["id"])
                 self._channels = Names(self._joined() | {*request.value["subscribe"]})
                 if not value["subscribed"]["resumed"]:
                     self._put(Gap(), 0)
@@ -6215,10 +6235,7 @@ class Client:
         # unanswered request with the same data.
         message = Message(*(value.get(name, "") for name in Message._fields))
         if message.id:
-            if _as_numbers(message.id) > _as_numbers(self._position):
-                self._position, self._behind = message.id, None
-            elif self._behind is not None:
-                self._behind = max(self._behind, message.id, key=_as_numbers)
+            self._move_to(message.id)
             if message.issuer in self._issuers:  # of ours: that it is here is an acknowledgement
                 if _as_numbers(message.id) > self._acknowledged.get(
                         message.channel, self._all_acknowledged):
@@ -6244,6 +6261,20 @@ class Client:
                     for request in self._subscribing):
                 return
         self._put(message, size)
+
+    def _skip(self, text: str) -> None:
+        # A message that is nested deeper than this Python can read; the server's could.
+        with self._changed:
+            if begin := re.match('{"id":"([0-9]+-[0-9]+)"', text):
+                self._move_to(begin[1])
+            self._put(Gap(), 0)
+            self._changed.notify_all()
+
+    def _move_to(self, id: str) -> None:
+        if _as_numbers(id) > _as_numbers(self._position):
+            self._position, self._behind = id, None
+        elif self._behind is not None:
+            self._behind = max(self._behind, id, key=_as_numbers)
 
     def _acknowledge(self, channel: str, id: str) -> None:
         known = self._acknowledged
@@ -6435,8 +6466,14 @@ class _Link:
 
     def send_text(self, text: str) -> None:
         """Send a message. Raises OSError; ProtocolError where the connection is closing."""
-        with self.sending:
-            self.sock.send(self.protocol.send(wsproto.events.TextMessage(text)))
+        try:
+            with self.sending:
+                self.sock.send(self.protocol.send(wsproto.events.TextMessage(text)))
+        except (OSError, ProtocolError):
+            raise
+        except BaseException:  # a signal's, such as KeyboardInterrupt: half of it may be written
+            self.abort()
+            raise
 
     def send_if_open(self, *events: wsproto.events.Event) -> None:
         """Send these, as far as the connection still takes them; a failure is not told."""
@@ -7210,7 +7247,9 @@ def _publish(arguments: argparse.Namespace) -> int:
         _input().reconfigure(encoding="utf-8", errors="replace")
     with _CommandClient(arguments, [arguments.channel], [arguments.channel]) as client:
         if arguments.data is not None:
-            client.publish(arguments.channel, arguments.data)
+            # What is no text is put right as on standard input.
+            data = os.fsencode(arguments.data).decode(errors="replace")
+            client.publish(arguments.channel, data)
         else:
             for line in sys.stdin:
                 client.publish(arguments.channel, line.removesuffix("\n"))
@@ -7453,10 +7492,12 @@ export class Philote extends EventTarget {
     const read = claimsOf(token).read;
     const rights = Array.isArray(read) ? read.map(String) : [];
     query.set("since", this.#position || "now");
+    // The server takes 8 KiB of path and query, and the token comes into them as well.
+    const room = Math.min(LONGEST_QUERY, 8_000 - url.pathname.length - token.length);
     const joined = [...this.#subscriptions].filter(subscription => subscription.cursor);
     for (const name of new Set(joined.map(subscription => subscription.name))) {
       if (rights.some(right => covers(right, name))
-          && String(query).length + encodeURIComponent(name).length < LONGEST_QUERY) {
+          && String(query).length + String(new URLSearchParams({ name })).length < room) {
         query.append("channel", name);
       }
     }
@@ -7640,6 +7681,8 @@ export class Philote extends EventTarget {
   #join(ref, { id, resumed }) {
     const subscriptions = this.#asked.get(ref) ?? [];
     this.#asked.delete(ref);
+    // What was joined before has all up to there, and this shall get nothing of before, later.
+    if (inOrder(id) > inOrder(this.#position)) this.#position = id;
     if (!resumed) this.#emit("gap", { id });
     for (const subscription of subscriptions) {
       const { past, held } = subscription;

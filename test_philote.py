@@ -27,6 +27,7 @@ import importlib.util
 import itertools
 import json
 import logging
+import math
 import operator
 import os
 import random
@@ -6614,6 +6615,91 @@ def test_a_client_that_got_none_of_the_last_messages_is_told_of_a_gap(quick):
         assert receive_until(client, 1) == (["new"], 1)
 
 
+def test_half_of_a_surrogate_pair_is_in_no_name(server):
+    with philote.Client(url_of(server), make_token(["*"], ["*"])) as client:
+        with pytest.raises(philote.Forbidden):
+            client.subscribe("\ud800")
+        with pytest.raises(philote.Forbidden):
+            client.publish("\ud800", "x", wait=True)
+    with pytest.raises(philote.Unauthorized, match="list of channel names"):
+        philote.Client(url_of(server), make_token(["\ud800"]))
+    with pytest.raises(philote.PhiloteError, match="surrogate"):
+        philote.Client(url_of(server), GOOD, channels=["\ud800"])
+
+
+def test_what_a_subscription_did_not_ask_for_does_not_come_after_a_cut(server, proxy):
+    with philote.Client(proxy.url, make_token(["a", "b"], ["a"]), channels=["a"]) as client:
+        publish_to(server, ["b"])
+        client.subscribe("b")
+        proxy.cut()
+        publish_to(server, "ab", 1)
+        assert receive_until(client, 2) == ([1, 2], 0)
+
+
+def test_a_message_that_this_python_cannot_read_is_told_as_a_gap(quick):
+    deep = plain(1, '{"id":"2-0",' + stamped(0)[1:].replace("0", "[" * 200_000 + "]" * 200_000))
+
+    def bring(end):
+        assert b"since=2-0" in end.head
+        end.work(plain(1, stamped("behind", id="2-1")))
+
+    with answering(lambda end: end.send(end.upgrade + deep), bring) as url, \
+            philote.Client(url, GOOD) as client:
+        assert receive_until(client, 1) == (["behind"], 1)
+
+
+def test_a_signal_in_the_middle_of_a_message_costs_nothing(server, proxy):
+    class Alarm(Exception):
+        pass
+
+    def ring(*_):
+        raise Alarm
+
+    before = signal.signal(signal.SIGALRM, ring)
+    try:
+        with RawClient(server, ["a"]) as reader, philote.Client(
+                proxy.url, make_token(["a"], ["a"])) as client:
+            proxy.flows.clear()
+            signal.setitimer(signal.ITIMER_REAL, 0.5)
+            sent = []
+            with pytest.raises(Alarm):
+                while True:  # until the socket is full, and then for ever
+                    sent.append(f"{len(sent)} ".ljust(100_000, "x"))
+                    client.publish("a", sent[-1])
+            proxy.flows.set()
+            assert client.publish("a", "after", wait=True)
+            assert reader.receive_data(len(sent) + 1) == [*sent, "after"]
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def test_close_gives_up_once(monkeypatch, server):
+    def hang():
+        assert over.wait(PATIENCE)
+        return ""
+
+    over, tokens = threading.Event(), iter([lambda: make_token(["a"], ["a"]), hang])
+    monkeypatch.setattr(philote, "_ANSWER_TIME", 4)  # internal
+    with Proxy(server) as proxy:
+        client = philote.Client(proxy.url, lambda: next(tokens)())
+        proxy.flows.clear()
+        client.publish("a", "lost")
+        proxy.cut()
+        begin = time.monotonic()
+        with pytest.raises(philote.ConnectionClosed, match="1 message was not acknowledged"):
+            client.close()
+        assert time.monotonic() - begin < 9
+        over.set()
+
+
+@pytest.mark.parametrize("timeout", [math.inf, 1e10])
+def test_a_client_waits_as_long_as_it_is_told(server, timeout):
+    with plain_client(url_of(server), GOOD) as client, RawClient(server, write=["a"]) as writer:
+        writer.publish("a", "x")
+        assert client.receive(timeout).data == "x"
+
+
 def test_a_server_that_is_dead_is_noticed_within_two_heartbeats(quick):
     def be_silent(end):
         end.send(end.bare_upgrade + beginning(ping=0.2))
@@ -7979,6 +8065,28 @@ def test_a_position_is_that_of_before_until_its_messages_have_come(tab):
     assert scripted(tab, """return [begin, () => hearOf("4-0", "a"), joined].map(
         step => { step(); return philote.position; })""", "a", since="3-0") == ["3-0", "3-0", "9-0"]
     assert tab.evaluate("got") == ["4-0"]
+
+
+def test_the_answer_to_a_subscription_moves_the_position(tab):
+    assert scripted(tab, """
+      begin();
+      joined();
+      follow("b");
+      hear({ ref: sent.at(-1).ref, subscribed: { id: "12-0", resumed: true } });
+      return philote.position;
+    """, "a") == "12-0"
+
+
+def test_a_page_with_a_long_token_and_many_channels_comes_back(server, tab):
+    names = [f"a room with a long name {number:05}" for number in range(150)]
+    token = make_token(names, ["a"])
+    assert 6000 < len(token) < 8000
+    start(tab, url_of(server), *names, token=token)
+    tab.evaluate("window.dispatchEvent(new Event('offline'))")
+    tab.wait_for_function("philote.state === 'open'")
+    tab.evaluate("philote.publish('a', '')")  # is answered behind the subscriptions
+    publish_to(server, [names[0], names[-1]])
+    wait_for_data(tab, [0, 1])
 
 
 def test_what_is_followed_later_begins_later_though_the_connection_is_cut(tab):
