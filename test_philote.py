@@ -6603,6 +6603,21 @@ def test_a_client_that_is_cut_while_the_last_messages_come_gets_them_all(proxy):
             assert data == texts[11:36]
 
 
+def test_a_server_that_was_stopped_gets_nothing_twice(monkeypatch):
+    monkeypatch.setattr(philote, "_FIRST_PAUSE", 2)  # internal
+    lost = threading.Event()
+    with serving(PING_INTERVAL="1") as server, philote.Client(url_of(server), GOOD) as reader, \
+            philote.Client(url_of(server), make_token(["a"], ["a"]), channels=[]) as client:
+        client.on_disconnect = lambda *_: lost.set()
+        server.send_signal(signal.SIGSTOP)
+        publish_all(client, "a", range(300))
+        assert lost.wait(PATIENCE)
+        time.sleep(3)  # the client has connected again, and waits for an answer
+        server.send_signal(signal.SIGCONT)
+        client.publish("a", 300, wait=True)
+        assert receive_until(reader, 301) == ([*range(301)], 0)
+
+
 def test_a_client_that_got_none_of_the_last_messages_is_told_of_a_gap(quick):
     def begin(end):
         end.send(end.bare_upgrade + beginning())
