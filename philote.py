@@ -6263,10 +6263,12 @@ class Client:
         self._put(message, size)
 
     def _skip(self, text: str) -> None:
-        # A message that is nested deeper than this Python can read; the server's could.
+        # A message that is nested deeper than this Python can read; the server's could. Raises
+        # the RecursionError again where it has no id, and is perhaps no message.
+        if not (begin := re.match('{"id":"([0-9]+-[0-9]+)"', text)):
+            raise
         with self._changed:
-            if begin := re.match('{"id":"([0-9]+-[0-9]+)"', text):
-                self._move_to(begin[1])
+            self._move_to(begin[1])
             self._put(Gap(), 0)
             self._changed.notify_all()
 
