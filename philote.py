@@ -810,8 +810,7 @@ def _channel_names(claims: dict[str, Any], name: str) -> Names:
     names = claims.get(name)
     if names is None:
         return _NO_NAMES
-    if not isinstance(names, list) or not all(
-            isinstance(channel, str) and channel and _is_encodable(channel) for channel in names):
+    if not isinstance(names, list) or not all(map(_is_name, names)):
         raise TokenError(f"the token's claim {name} must be a list of channel names")
     return Names(names) if names else _NO_NAMES
 
@@ -886,7 +885,7 @@ def check_message(value: Any) -> tuple[str, str]:
     channel, data = value.get("channel"), value.get("data")
     if type(channel) is not str or not channel:
         raise Refused(f"channel must be a string that is not empty, not {_shown(channel)}")
-    if not (channel.isascii() or _is_encodable(channel)):
+    if not _is_encodable(channel):
         raise Refused(f"{_shown(channel)} holds half of a surrogate pair, which no URL can name")
     if channel[-1] == "*":
         raise Refused(f"{_shown(channel)} is a pattern; a message has one channel")
@@ -910,8 +909,7 @@ def check_ref(ref: Any) -> str:
 
 def check_names(names: Any) -> list[str]:
     """Take the channels and patterns of a subscription. Raises Refused."""
-    if type(names) is not list or not all(
-            type(name) is str and name and _is_encodable(name) for name in names):
+    if type(names) is not list or not all(map(_is_name, names)):
         raise Refused("channels are a list of strings that are not empty, in Unicode")
     return list(dict.fromkeys(names))
 
@@ -925,11 +923,15 @@ def _shown(value: Any) -> str:
 
 def _is_encodable(text: str) -> bool:
     # A lone surrogate can stand in JSON as an escape, but not in UTF-8.
-    return not re.search("[\ud800-\udfff]", text)
+    return text.isascii() or not re.search("[\ud800-\udfff]", text)
+
+
+def _is_name(value: Any) -> bool:
+    return type(value) is str and value != "" and _is_encodable(value)
 
 
 def _quoted(text: str) -> str:
-    return _quote(text) if text.isascii() or _is_encodable(text) else _quote_ascii(text)
+    return _quote(text) if _is_encodable(text) else _quote_ascii(text)
 
 
 # ------------------------------------------------------------------------------------------- frames
@@ -5774,7 +5776,8 @@ class Client:
         self._refs = map(str, itertools.count(1))
         self._position = ""
         # While what `last` asked for comes, the position is its end already. This is the id up to
-        # which it has come, "" if none of it has; None where it has all come, or was not asked for.
+        # which it has come, "" if none of it has; None where it has all come (which the answer to
+        # _CAUGHT_UP says), or was not asked for.
         self._behind: str | None = None
         # The issuers that the server gave our last connections: by them we know our own messages.
         self._issuers: collections.deque[str] = collections.deque(maxlen=100)
@@ -6101,23 +6104,23 @@ class Client:
             # there, the server joins all that the token may read.
             leave = [*unseen, *(names if self._channels is not None and not self._channels else ())]
             # Under one hold of the lock: _ask() must not take one of them old and the other new.
-            self._caught_up, self._link = not (self._requests or leave), link
+            self._caught_up = not (self._requests or leave or self._behind is not None)
+            self._link = link
             self._unchecked = "" if self._caught_up else self._unchecked or position
-            since = self._unchecked
+            since, pause = self._unchecked, _FIRST_PAUSE if self._unanswered() else 0
         if not self._caught_up:
             # One by one, since a subscription that the token does not allow joins none of its
             # channels. Sent aside: this thread has to read.
             values = [*({"subscribe": [name], "since": since, "ref": _CHECK} for name in unseen),
                       {"unsubscribe": leave, "ref": _CAUGHT_UP}]
-            _send_aside(self._look_for_ours, link, bool(position and self._requests), *(
+            _send_aside(self._look_for_ours, link, pause, *(
                 wsproto.events.TextMessage(json.dumps(value)) for value in values))
 
-    def _look_for_ours(self, link: _Link, wait: bool, *events: wsproto.events.Event) -> None:
-        # After a pause: what the server has received on the lost connection it shall have read by
-        # then. It may have been stopped, and read both connections at once now.
-        if wait:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closing or self._end, _FIRST_PAUSE)
+    def _look_for_ours(self, link: _Link, pause: float, *events: wsproto.events.Event) -> None:
+        # In the pause the server shall read what it has received on the lost connection. It may
+        # have been stopped, and read both connections at once now.
+        with self._changed:
+            self._changed.wait_for(lambda: self._closing or self._end, pause)
         link.send_if_open(*events)
 
     def _run(self) -> None:
@@ -6207,7 +6210,7 @@ class Client:
                 self._position, self._behind = value["gap"]["id"], None
                 self._put(Gap(), 0)
             elif "id" in value:
-                self._position, self._behind = value["id"], None
+                self._position = value["id"]
             elif (request := self._answer(ref, value)) and "subscribed" in value:
                 # What was joined before has all up to there by now. And when the client comes
                 # back, the channels joined here shall bring nothing of before.
@@ -6218,7 +6221,7 @@ class Client:
             elif request:
                 self._channels = Names(self._joined() - {*request.value["unsubscribe"]})
             elif ref == _CAUGHT_UP:
-                self._unchecked = ""
+                self._unchecked, self._behind = "", None
             self._changed.notify_all()
         if ref == _CAUGHT_UP:  # not by this thread, which has to read the answers
             _send_aside(self._send_again, link)
@@ -6273,9 +6276,8 @@ class Client:
             self._changed.notify_all()
 
     def _move_to(self, id: str) -> None:
-        if _as_numbers(id) > _as_numbers(self._position):
-            self._position, self._behind = id, None
-        elif self._behind is not None:
+        self._position = max(self._position, id, key=_as_numbers)
+        if self._behind is not None:
             self._behind = max(self._behind, id, key=_as_numbers)
 
     def _acknowledge(self, channel: str, id: str) -> None:
@@ -6468,14 +6470,14 @@ class _Link:
 
     def send_text(self, text: str) -> None:
         """Send a message. Raises OSError; ProtocolError where the connection is closing."""
-        try:
-            with self.sending:
+        with self.sending:
+            try:
                 self.sock.send(self.protocol.send(wsproto.events.TextMessage(text)))
-        except (OSError, ProtocolError):
-            raise
-        except BaseException:  # a signal's, such as KeyboardInterrupt: half of it may be written
-            self.abort()
-            raise
+            except (OSError, ProtocolError):
+                raise
+            except BaseException:  # a signal's, as KeyboardInterrupt: half of it may be written
+                self.abort()
+                raise
 
     def send_if_open(self, *events: wsproto.events.Event) -> None:
         """Send these, as far as the connection still takes them; a failure is not told."""
@@ -7250,7 +7252,7 @@ def _publish(arguments: argparse.Namespace) -> int:
     with _CommandClient(arguments, [arguments.channel], [arguments.channel]) as client:
         if arguments.data is not None:
             # What is no text is put right as on standard input.
-            data = os.fsencode(arguments.data).decode(errors="replace")
+            data = arguments.data.encode(errors="surrogateescape").decode(errors="replace")
             client.publish(arguments.channel, data)
         else:
             for line in sys.stdin:

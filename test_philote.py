@@ -6630,6 +6630,34 @@ def test_a_client_that_got_none_of_the_last_messages_is_told_of_a_gap(quick):
         assert receive_until(client, 1) == (["new"], 1)
 
 
+@pytest.mark.parametrize("count", [0, 1])
+@with_settings(history_size=20_000)
+def test_no_gap_is_told_once_all_of_the_last_messages_have_come(server, proxy, count):
+    others = [{"channel": "b", "data": "x" * 1000}]
+    publish_to(server, "a" * count)
+    publish(server, others * 10)
+    with philote.Client(proxy.url, make_token(["a"], ["c"]), last=5) as client:
+        assert receive_until(client, count) == ([0] * count, 0)
+        client.publish("c", "x", wait=True)  # is answered behind the last messages
+        publish(server, others * 10)  # until what came is no longer kept
+        assert not history_of(server, read=["a"])[0]
+        proxy.cut()
+        publish_to(server, "a", 1)
+        assert receive_until(client, 1) == ([1], 0)
+
+
+def test_who_published_nothing_need_not_wait_when_it_comes_back(server, proxy, monkeypatch):
+    monkeypatch.setattr(philote, "_LONGEST_QUERY", 0)  # internal, as are these
+    monkeypatch.setattr(philote, "_FIRST_PAUSE", 1000)
+    monkeypatch.setattr(philote.random, "uniform", lambda *_: 0)
+    with philote.Client(proxy.url, GOOD, channels=["a"]) as client:
+        client.subscribe("a")
+        proxy.cut()
+        publish_to(server, "a")
+        assert receive_until(client, 1) == ([0], 0)
+        wait_until(lambda: not client._requests)
+
+
 def test_half_of_a_surrogate_pair_is_in_no_name(server):
     with philote.Client(url_of(server), make_token(["*"], ["*"])) as client:
         with pytest.raises(philote.Forbidden):
