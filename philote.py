@@ -1155,6 +1155,7 @@ except (ImportError, OSError, AttributeError):  # pragma: no cover
             sock.shutdown(how)
 
     _recv, _close, _make_buffer = _send, socket.close, bytearray  # type: ignore[assignment]
+    _system = None  # type: ignore[assignment]
 
 # Buffers to read into; a thread that waits holds none. deque.append and deque.pop are thread-safe.
 _buffers: collections.deque[Any] = collections.deque(maxlen=8)
@@ -1451,6 +1452,46 @@ class SwitchInterval:
         # fiftieth of the time is for looks. A long one may only have waited for a processor, so the
         # next is never put off for longer than HOLD.
         self.due = max(self.due, now + min(self.HOLD, 50 * (now - began)))
+
+
+class Gathering:
+    """Lets the threads of new connections begin on one processor, that of the accepting thread.
+
+    Of threads that share one interpreter's lock, one works at a time. The system begins each of
+    them where there is least to do. So with every other turn of the lock a processor has to wake
+    up, and finds nothing of what the interpreter needs in its cache. Therefore the accepting thread
+    stays where it is while newcomers come, and its threads, which inherit that, until they have
+    sent their first answer. On 2 cores that saves a fifth of what a new connection costs.
+
+    The accepting thread lets the system move it once a second, to where others do less.
+    """
+
+    HOLD = 1  # seconds
+    SIZE = 1024  # bytes of a set of processors (cpu_set_t), enough for 8,192 of them
+    # sched_setaffinity(2) is of Linux, and a few others.
+    is_possible = hasattr(_system, "sched_getcpu") and hasattr(os, "sched_setaffinity")
+
+    def __init__(self) -> None:
+        # The accepting thread's; the others read it.
+        self.everywhere = ctypes.create_string_buffer(self.SIZE)  # where it was free to go
+        self.until = 0.0  # when it may be moved again; 0: it may now
+
+    def gather(self) -> None:
+        """Stay on this processor. The accepting thread, before it starts others."""
+        if not self.until and not _system.sched_getaffinity(0, self.SIZE, self.everywhere):
+            with contextlib.suppress(OSError, ValueError):  # where a sandbox forbids it
+                os.sched_setaffinity(0, {_system.sched_getcpu()})
+                self.until = time.monotonic() + self.HOLD
+
+    def let_move(self) -> None:
+        """Go free for the next wait if it is time. The accepting thread."""
+        if self.until and time.monotonic() >= self.until:
+            self.until = 0.0
+            self.disperse()
+
+    def disperse(self) -> None:
+        """Go wherever the system wants. A thread that has begun here."""
+        _system.sched_setaffinity(0, self.SIZE, self.everywhere)
 
 
 # --------------------------------------------------------------------------------------- connection
@@ -3637,6 +3678,8 @@ class Subscriber:
         else:
             self.server.log.join(self, self.channels)
         connection.flush()
+        if gathering := self.server.gathering:
+            gathering.disperse()
         self.serve()
         log.info("%s: %s disconnected", connection.address, self.id)
 
@@ -4335,6 +4378,8 @@ class HTTPHandler:
                     self._move(ANSWERING)
             if not self._respond(request, response):
                 return None
+            if gathering := self.server.gathering:
+                gathering.disperse()
             if self.charge and (delay := self.connection.charge(self.charge)):
                 self.connection.pause(delay)
             # Before the state, which on_deadline() looks at first: else it would hold the deadline
@@ -5179,6 +5224,9 @@ class Server(socketserver.ThreadingTCPServer):
         # For who owns the process, as `philote serve` does: set where there is an interpreter's
         # lock to share.
         self.switch_interval: SwitchInterval | None = None
+        # With TLS, most of the work is OpenSSL's, without the lock.
+        self.gathering = (Gathering() if Gathering.is_possible and self.interpreter_lock
+                          and not settings.tls_cert else None)
         self.turn = threading.Lock()  # see take_turn()
         self.tls = _load_certificate(settings)  # for the next newcomer
         self.file: tuple[str, int] | None = None  # of a Unix socket: its path and inode
@@ -5299,9 +5347,14 @@ class Server(socketserver.ThreadingTCPServer):
             self.fail(error)
 
     def service_actions(self) -> None:
-        """End serve_forever(), whose own way, shutdown(), waits for it without a limit."""
+        """End serve_forever(), whose own way, shutdown(), waits for it without a limit.
+
+        Called before each wait for newcomers.
+        """
         if self.stopping.is_set():
             raise _Stopped
+        if self.gathering:
+            self.gathering.let_move()
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection; out of descriptors, refuse it."""
@@ -5342,6 +5395,8 @@ class Server(socketserver.ThreadingTCPServer):
                 newcomers.append(self.get_request()[0])
         if self.switch_interval:
             self.switch_interval.expect(len(newcomers))
+        if self.gathering:
+            self.gathering.gather()
         for connection in newcomers:
             self._start_thread(connection)
 

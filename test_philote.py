@@ -3475,6 +3475,55 @@ def test_the_interval_is_never_short_where_there_are_thousands_of_threads(restle
     assert min(look() for _ in range(5)) == pytest.approx(follows.SHORT)
 
 
+def tied():
+    """How many threads of this process may run on one processor only."""
+    count = 0
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):
+            count += len(os.sched_getaffinity(int(thread))) == 1
+    return count
+
+
+many_processors = pytest.mark.skipif(
+    not philote.Gathering.is_possible or len(os.sched_getaffinity(0)) < 2,
+    reason="one processor, or none can be chosen")
+
+
+@many_processors
+def test_threads_begin_where_the_accepting_one_is_and_go_free_once_they_have_answered(monkeypatch):
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True, raising=False)
+    with running() as server, http_connection(server) as connection, dial(server) as sock:
+        wait_until(lambda: tied() == 2)
+        wait_until(lambda: tied() == 1, "the accepting thread has gone free")
+        sock.sendall(upgrade())
+        assert sock.recv(4096).startswith(b"HTTP/1.1 101")
+        wait_until(lambda: tied() == 0)
+        connection.connect()
+        wait_until(lambda: tied() == 2)
+        assert exchange(connection, "GET", "/health")[0] == 200
+        wait_until(lambda: tied() == 0)
+        assert pending_count(server) == 1
+
+
+@many_processors
+@with_settings(tls_cert=True)
+def test_threads_begin_anywhere_with_tls_which_needs_no_lock_of_the_interpreter(server):
+    with dial_plain(server):
+        wait_until(lambda: pending_count(server) == 1)
+        time.sleep(0.1)
+        assert tied() == 0
+
+
+@many_processors
+def test_threads_begin_anywhere_where_the_system_forbids_it(monkeypatch):
+    def forbid(*_):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "sched_setaffinity", forbid)
+    with running() as server:
+        assert is_served(server) and tied() == 0
+
+
 def test_an_end_lets_go_of_the_interpreters_lock_once(server, monkeypatch):
     """Where thousands end at once, each time costs a turn behind all the others."""
     calls = []
