@@ -5986,6 +5986,9 @@ class Client:
         self._wait_while(self._thread.is_alive, patience)
         self._link.abort()
         self._thread.join(1)  # it may be in a function of the program's that does not return
+        with self._changed:
+            self._end = self._end or ConnectionClosed(1006)
+            self._changed.notify_all()
 
     def _wait_while(self, condition: Callable[[], bool], patience: float) -> bool:
         # Gives up after `patience` seconds without progress, and returns whether it did not.
@@ -6007,23 +6010,32 @@ class Client:
             raise RuntimeError("on_connect(), on_disconnect() and the function that makes tokens "
                                "cannot wait for the server")
         request = _Request(value, awaited)  # raises TypeError, ValueError for what is no JSON
+        link: _Link | None = None
         with self._asking:
-            with self._changed:
-                # A request that is too large by itself is let through when nothing else waits.
-                self._changed.wait_for(lambda: self._end or self._closing or not self._requests or (
-                    len(self._requests) < _MOST_ASKED
-                    and self._asked_size + len(request.text) < _MOST_SIZE))
-                if self._closing:
-                    raise (self._end or ConnectionClosed(1006)).with_traceback(self._end_traceback)
-                self._raise_end()
-                ref = self._add_request(request)
-                if not self._caught_up:
-                    return request
-                link = request.link = self._link
-            # Where this fails, the reading thread meets it too: it comes back and sends the request
-            # again, or ends the client, which _await() and close() notice.
-            with contextlib.suppress(OSError, ProtocolError):
-                link.send_text(request.encode(ref))
+            try:
+                with self._changed:
+                    # A request that is too large by itself is let through when nothing else waits.
+                    self._changed.wait_for(
+                        lambda: self._end or self._closing or not self._requests or (
+                            len(self._requests) < _MOST_ASKED
+                            and self._asked_size + len(request.text) < _MOST_SIZE))
+                    if self._closing:
+                        raise (self._end or ConnectionClosed(1006)).with_traceback(
+                            self._end_traceback)
+                    self._raise_end()
+                    link = self._link
+                    ref = self._add_request(request)
+                    if not self._caught_up:
+                        return request
+                    request.link = link
+                # Where this fails, the reading thread meets it too: it comes back and sends the
+                # request again, or ends the client, which _await() and close() notice.
+                with contextlib.suppress(OSError, ProtocolError):
+                    link.send_text(request.encode(ref))
+            except BaseException:  # a signal's: the request may be entered, and not sent
+                if link:
+                    link.abort()
+                raise
         return request
 
     def _add_request(self, request: _Request) -> str:

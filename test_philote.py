@@ -6707,6 +6707,48 @@ def test_who_published_nothing_need_not_wait_when_it_comes_back(server, proxy, m
         wait_until(lambda: not client._requests)
 
 
+@pytest.mark.parametrize("owner, name", [
+    (philote.Client, "_add_request"), (philote._Request, "encode"), (philote._Link, "send_text")])
+def test_a_signal_before_a_message_is_sent_costs_nothing(server, monkeypatch, owner, name):
+    call = getattr(owner, name)
+
+    def interrupt(*arguments):
+        monkeypatch.undo()
+        if name == "_add_request":
+            call(*arguments)
+        raise KeyboardInterrupt
+
+    with RawClient(server, ["a"]) as reader, \
+            philote.Client(url_of(server), make_token(["a"], ["a"])) as client:
+        client.publish("a", 0, wait=True)
+        monkeypatch.setattr(owner, name, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            client.publish("a", 1)
+        client.publish("a", 2, wait=True)
+        assert [reader.receive()["data"] for _ in range(3)] == [0, 1, 2]
+
+
+def test_who_waits_is_told_of_the_end_while_a_function_of_the_program_does_not_return(
+        server, proxy):
+    def hang():
+        asked.set()
+        assert over.wait(2 * PATIENCE)
+        return GOOD
+
+    def receive():
+        with pytest.raises(philote.ConnectionClosed):
+            client.receive(PATIENCE)
+
+    asked, over, tokens = threading.Event(), threading.Event(), iter([lambda: GOOD, hang])
+    client = philote.Client(proxy.url, lambda: next(tokens)())
+    proxy.cut()
+    assert asked.wait(PATIENCE)
+    with background(receive) as futures:
+        client.close()
+        results_of(futures)
+        over.set()
+
+
 def test_half_of_a_surrogate_pair_is_in_no_name(server):
     with philote.Client(url_of(server), make_token(["*"], ["*"])) as client:
         with pytest.raises(philote.Forbidden):
