@@ -4361,6 +4361,7 @@ class HTTPHandler:
         """Answer requests; returns what the connection becomes, None at its end."""
         self.connection.transport.set_tcp(socket.TCP_NODELAY, 1)
         self.server.poller.call_at(self.connection, self.deadline)
+        gathering = self.server.gathering
         while True:
             request, self.cors = None, {}
             try:
@@ -4378,8 +4379,9 @@ class HTTPHandler:
                     self._move(ANSWERING)
             if not self._respond(request, response):
                 return None
-            if gathering := self.server.gathering:
+            if gathering:  # behind the first answer
                 gathering.disperse()
+                gathering = None
             if self.charge and (delay := self.connection.charge(self.charge)):
                 self.connection.pause(delay)
             # Before the state, which on_deadline() looks at first: else it would hold the deadline
@@ -5349,7 +5351,7 @@ class Server(socketserver.ThreadingTCPServer):
     def service_actions(self) -> None:
         """End serve_forever(), whose own way, shutdown(), waits for it without a limit.
 
-        Called before each wait for newcomers.
+        Called before each wait for newcomers, and so the moment in which this thread may be moved.
         """
         if self.stopping.is_set():
             raise _Stopped
@@ -5986,9 +5988,7 @@ class Client:
         self._wait_while(self._thread.is_alive, patience)
         self._link.abort()
         self._thread.join(1)  # it may be in a function of the program's that does not return
-        with self._changed:
-            self._end = self._end or ConnectionClosed(1006)
-            self._changed.notify_all()
+        self._tell_end()
 
     def _wait_while(self, condition: Callable[[], bool], patience: float) -> bool:
         # Gives up after `patience` seconds without progress, and returns whether it did not.
@@ -6014,15 +6014,7 @@ class Client:
         with self._asking:
             try:
                 with self._changed:
-                    # A request that is too large by itself is let through when nothing else waits.
-                    self._changed.wait_for(
-                        lambda: self._end or self._closing or not self._requests or (
-                            len(self._requests) < _MOST_ASKED
-                            and self._asked_size + len(request.text) < _MOST_SIZE))
-                    if self._closing:
-                        raise (self._end or ConnectionClosed(1006)).with_traceback(
-                            self._end_traceback)
-                    self._raise_end()
+                    self._wait_for_room(len(request.text))
                     link = self._link
                     ref = self._add_request(request)
                     if not self._caught_up:
@@ -6037,6 +6029,15 @@ class Client:
                     link.abort()
                 raise
         return request
+
+    def _wait_for_room(self, size: int) -> None:
+        with self._changed:
+            # A request that is too large by itself is let through when nothing else waits.
+            self._changed.wait_for(lambda: self._end or self._closing or not self._requests or (
+                len(self._requests) < _MOST_ASKED and self._asked_size + size < _MOST_SIZE))
+            if self._closing:
+                raise (self._end or ConnectionClosed(1006)).with_traceback(self._end_traceback)
+            self._raise_end()
 
     def _add_request(self, request: _Request) -> str:
         ref = next(self._refs)
@@ -6211,9 +6212,12 @@ class Client:
             self._end_traceback, self._end = error.__traceback__, error
             self._link.abort()  # nobody reads from it any more
         finally:
-            with self._changed:
-                self._end = self._end or ConnectionClosed(1006)
-                self._changed.notify_all()
+            self._tell_end()
+
+    def _tell_end(self) -> None:
+        with self._changed:
+            self._end = self._end or ConnectionClosed(1006)
+            self._changed.notify_all()
 
     def _come_back(self, error: PhiloteError | OSError) -> _Link | None:
         # The pause is random, so that not all clients of a server that restarts come at once.

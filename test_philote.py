@@ -3475,13 +3475,17 @@ def test_the_interval_is_never_short_where_there_are_thousands_of_threads(restle
     assert min(look() for _ in range(5)) == pytest.approx(follows.SHORT)
 
 
+@pytest.fixture
 def tied():
-    """How many threads of this process may run on one processor only."""
-    count = 0
-    for thread in os.listdir("/proc/self/task"):
-        with contextlib.suppress(ProcessLookupError):
-            count += len(os.sched_getaffinity(int(thread))) == 1
-    return count
+    """Counts the threads that may run on one processor only, without those of before."""
+    def find():
+        for thread in os.listdir("/proc/self/task"):
+            with contextlib.suppress(ProcessLookupError):
+                if len(os.sched_getaffinity(int(thread))) == 1:
+                    yield thread
+
+    before = {*find()}
+    return lambda: len({*find()} - before)
 
 
 many_processors = pytest.mark.skipif(
@@ -3490,7 +3494,8 @@ many_processors = pytest.mark.skipif(
 
 
 @many_processors
-def test_threads_begin_where_the_accepting_one_is_and_go_free_once_they_have_answered(monkeypatch):
+def test_threads_begin_where_the_accepting_one_is_and_go_free_once_they_have_answered(
+        monkeypatch, tied):
     monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True, raising=False)
     monkeypatch.setattr(philote.Gathering, "HOLD", 1000)
     with running() as server, http_connection(server) as connection, dial(server) as sock:
@@ -3509,7 +3514,7 @@ def test_threads_begin_where_the_accepting_one_is_and_go_free_once_they_have_ans
 
 @many_processors
 @with_settings(tls_cert=True)
-def test_threads_begin_anywhere_with_tls_which_needs_no_lock_of_the_interpreter(server):
+def test_threads_begin_anywhere_with_tls_which_needs_no_lock_of_the_interpreter(tied, server):
     with dial_plain(server):
         wait_until(lambda: pending_count(server) == 1)
         time.sleep(0.1)
@@ -3517,10 +3522,11 @@ def test_threads_begin_anywhere_with_tls_which_needs_no_lock_of_the_interpreter(
 
 
 @many_processors
-def test_threads_begin_anywhere_where_the_system_forbids_it(monkeypatch):
+def test_threads_begin_anywhere_where_the_system_forbids_it(monkeypatch, tied):
     def forbid(*_):
         raise PermissionError
 
+    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True, raising=False)
     monkeypatch.setattr(os, "sched_setaffinity", forbid)
     with running() as server:
         assert is_served(server) and tied() == 0
