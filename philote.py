@@ -1467,19 +1467,29 @@ class Gathering:
     """
 
     HOLD = 1  # seconds
-    SIZE = 1024  # bytes of a set of processors (cpu_set_t), enough for 8,192 of them
-    # sched_setaffinity(2) is of Linux, and a few others.
-    is_possible = hasattr(_system, "sched_getcpu") and hasattr(os, "sched_setaffinity")
 
     def __init__(self) -> None:
-        # The accepting thread's; the others read it.
-        self.everywhere = ctypes.create_string_buffer(self.SIZE)  # where it was free to go
-        self.until = 0.0  # when it may be moved again; 0: it may now
+        self.until = 0.0  # when the accepting thread may be moved again; 0: it may now; its own
+
+    @staticmethod
+    def is_possible() -> bool:
+        """Find out whether the system can; in a process of its own, which a sandbox may kill."""
+        if not hasattr(_system, "sched_getcpu") or not hasattr(os, "sched_setaffinity"):
+            return False  # sched_setaffinity(2) is of Linux, and a few others
+        with contextlib.suppress(OSError):
+            if child := os.fork():
+                return os.waitpid(child, 0)[1] == 0
+            try:
+                os.sched_setaffinity(0, os.sched_getaffinity(0))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        return False
 
     def gather(self) -> None:
         """Stay on this processor. The accepting thread, before it starts others."""
-        if not self.until and not _system.sched_getaffinity(0, self.SIZE, self.everywhere):
-            with contextlib.suppress(OSError, ValueError):  # where a sandbox forbids it
+        if not self.until:
+            with contextlib.suppress(OSError, ValueError, MemoryError):
                 os.sched_setaffinity(0, {_system.sched_getcpu()})
                 self.until = time.monotonic() + self.HOLD
 
@@ -1489,9 +1499,14 @@ class Gathering:
             self.until = 0.0
             self.disperse()
 
-    def disperse(self) -> None:
-        """Go wherever the system wants. A thread that has begun here."""
-        _system.sched_setaffinity(0, self.SIZE, self.everywhere)
+    @staticmethod
+    def disperse() -> None:
+        """Go wherever the main thread may go, which never stays. A thread that has begun here.
+
+        So what somebody asks of the whole process while it runs, as by `taskset`, holds for it.
+        """
+        with contextlib.suppress(OSError, MemoryError):
+            os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
 
 
 # --------------------------------------------------------------------------------------- connection
@@ -2177,6 +2192,10 @@ class Past(NamedTuple):
     last: int = 0  # of each channel, where `since` cannot be met or is not given
     resumable: bool = False  # whether it gets ids
 
+    def is_empty(self) -> bool:
+        """Whether it wants nothing of it."""
+        return self.since is None and not self.last
+
 
 def parse_past(since: Any, last: Any) -> Past:
     """Take what a client asks for of the past; None is not given. Raises Refused."""
@@ -2528,7 +2547,7 @@ class Log:
         whether nothing is missing up to it.
         """
         connection = subscriber.connection
-        if past.since is None and not past.last:  # nothing of the past
+        if past.is_empty():
             with self.lock:
                 connection.put(before(self.position, True) + after(self.position, True))
                 self._join(subscriber, names)
@@ -3672,13 +3691,16 @@ class Subscriber:
         if (pause := min(look or math.inf, self._time_left())) < math.inf:
             self.server.poller.call_at(connection, time.monotonic() + pause)
         log.info("%s: %s connected", connection.address, self.id)
+        gathering = self.server.gathering
+        if gathering and not self.past.is_empty():  # which may take long
+            gathering.disperse()
         # The head of the answer is queued by now, so nothing of the channels can come before it.
         if self.past.resumable:
             self.follow(self.channels, self.past, self.encode_beginning, lambda *_: b"")
         else:
             self.server.log.join(self, self.channels)
         connection.flush()
-        if gathering := self.server.gathering:
+        if gathering:
             gathering.disperse()
         self.serve()
         log.info("%s: %s disconnected", connection.address, self.id)
@@ -5224,11 +5246,9 @@ class Server(socketserver.ThreadingTCPServer):
         self.log_limit = LogLimit()  # of lines about what peers do
         self.own_log_limit = LogLimit()  # of others, which no flood of those can silence
         # For who owns the process, as `philote serve` does: set where there is an interpreter's
-        # lock to share.
+        # lock to share. A thread that a program's own code starts in one that gathers would stay.
         self.switch_interval: SwitchInterval | None = None
-        # With TLS, most of the work is OpenSSL's, without the lock.
-        self.gathering = (Gathering() if Gathering.is_possible and self.interpreter_lock
-                          and not settings.tls_cert else None)
+        self.gathering: Gathering | None = None
         self.turn = threading.Lock()  # see take_turn()
         self.tls = _load_certificate(settings)  # for the next newcomer
         self.file: tuple[str, int] | None = None  # of a Unix socket: its path and inode
@@ -5890,13 +5910,11 @@ class Client:
             # answer to that shows that it was read.
             if not self._closing:
                 self._outcome_known = False
-        try:
-            self._link.send_text(text)
-        except (OSError, ProtocolError):  # the latter where the server has said that it closes
+        if not self._link.send_text(text):
             self._thread.join(CLOSING_TIME)  # by then it has put down why, in _end
             self._raise_refusal()
             self._raise_end()
-            raise ConnectionClosed(1006) from None
+            raise ConnectionClosed(1006)
         return None
 
     def subscribe(self, *channels: str, since: str | None = None, last: int | None = None) -> None:
@@ -6022,8 +6040,7 @@ class Client:
                     request.link = link
                 # Where this fails, the reading thread meets it too: it comes back and sends the
                 # request again, or ends the client, which _await() and close() notice.
-                with contextlib.suppress(OSError, ProtocolError):
-                    link.send_text(request.encode(ref))
+                link.send_text(request.encode(ref))
             except BaseException:  # a signal's: the request may be entered, and not sent
                 if link:
                     link.abort()
@@ -6376,20 +6393,20 @@ class Client:
     def _send_again(self, link: _Link) -> None:
         # Step 4. While it sends, callers may ask for more, so it looks again until there is nothing
         # left. In the same hold of the lock it says so, and from then on callers send themselves.
-        with contextlib.suppress(OSError, ProtocolError):
-            while True:
-                with self._changed:
-                    if link is not self._link:
-                        return
-                    unsent = [(ref, request) for ref, request in self._requests.items()
-                              if request.link is not link]
-                    for _, request in unsent:
-                        request.link = link
-                    self._caught_up = not unsent
-                if not unsent:
+        while True:
+            with self._changed:
+                if link is not self._link:
                     return
-                for ref, request in unsent:
-                    link.send_text(request.encode(ref))
+                unsent = [(ref, request) for ref, request in self._requests.items()
+                          if request.link is not link]
+                for _, request in unsent:
+                    request.link = link
+                self._caught_up = not unsent
+            if not unsent:
+                return
+            for ref, request in unsent:
+                if not link.send_text(request.encode(ref)):
+                    return
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -6539,15 +6556,19 @@ class _Link:
             self.sock.deadline = time.monotonic() + self.patience
             self.protocol.receive_data(self.sock.recv())
 
-    def send_text(self, text: str) -> None:
-        """Send a message. Raises OSError; ProtocolError where the connection is closing."""
+    def send_text(self, text: str) -> bool:
+        """Send a message; returns whether the connection still took it."""
         with self.sending:
             try:
                 self.sock.send(self.protocol.send(wsproto.events.TextMessage(text)))
-            except (OSError, ProtocolError):
-                raise
-            except BaseException:  # a signal's, as KeyboardInterrupt: half of it may be written
-                self.abort()
+                return True
+            except BaseException as error:
+                # A ProtocolError where the connection is closing. The system's errors have a
+                # number, which the one that the handler of a signal raises has hardly ever.
+                if (isinstance(error, (ConnectionError, ProtocolError))
+                        or isinstance(error, OSError) and error.errno):
+                    return False
+                self.abort()  # half of the message may be written
                 raise
 
     def send_if_open(self, *events: wsproto.events.Event) -> None:
@@ -6906,6 +6927,7 @@ def _on_one_line(text: str) -> str:
 
 def _serve(_: argparse.Namespace) -> int:
     settings = Settings.from_environ(os.environ)
+    can_gather = Gathering.is_possible()  # before there are threads
     # Taken one by one with sigwait(), signals interrupt no thread in the middle of anything. They
     # are blocked before any thread is started, as a thread inherits that: one that did not block
     # them would get them, and what they do by default is to end the process.
@@ -6935,6 +6957,8 @@ def _serve(_: argparse.Namespace) -> int:
         return 1
     if server.interpreter_lock:
         server.switch_interval = SwitchInterval()
+        if can_gather and not settings.tls_cert:  # most of TLS is OpenSSL's work, without the lock
+            server.gathering = Gathering()
     # Where one of its threads cannot go on, the server stops as by a signal, and returns 1. During
     # the shutdown this is a second signal, which ends the process at once.
     server.on_failure = functools.partial(os.kill, os.getpid(), signal.SIGTERM)

@@ -3489,18 +3489,24 @@ def tied():
 
 
 many_processors = pytest.mark.skipif(
-    not philote.Gathering.is_possible or len(os.sched_getaffinity(0)) < 2,
+    not philote.Gathering.is_possible() or len(os.sched_getaffinity(0)) < 2,
     reason="one processor, or none can be chosen")
+
+
+@pytest.fixture
+def gathering(server):
+    """A server that does not let its accepting thread go but when it is told to."""
+    server.gathering = philote.Gathering()
+    server.gathering.HOLD = 1000
+    return server
 
 
 @many_processors
 def test_threads_begin_where_the_accepting_one_is_and_go_free_once_they_have_answered(
-        monkeypatch, tied):
-    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True, raising=False)
-    monkeypatch.setattr(philote.Gathering, "HOLD", 1000)
-    with running() as server, http_connection(server) as connection, dial(server) as sock:
+        gathering, tied):
+    with http_connection(gathering) as connection, dial(gathering) as sock:
         wait_until(lambda: tied() == 2)
-        server.gathering.until = 1  # in the past
+        gathering.gathering.until = 1  # in the past
         wait_until(lambda: tied() == 1, "the accepting thread has gone free")
         sock.sendall(upgrade())
         assert sock.recv(4096).startswith(b"HTTP/1.1 101")
@@ -3509,27 +3515,62 @@ def test_threads_begin_where_the_accepting_one_is_and_go_free_once_they_have_ans
         wait_until(lambda: tied() == 2)
         assert exchange(connection, "GET", "/health")[0] == 200
         wait_until(lambda: tied() == 1)
-        assert pending_count(server) == 1
+        assert pending_count(gathering) == 1
 
 
 @many_processors
-@with_settings(tls_cert=True)
-def test_threads_begin_anywhere_with_tls_which_needs_no_lock_of_the_interpreter(tied, server):
-    with dial_plain(server):
-        wait_until(lambda: pending_count(server) == 1)
-        time.sleep(0.1)
-        assert tied() == 0
+@with_settings(history_size=1 << 30, max_message_size=1 << 20)
+def test_who_reads_a_long_past_is_free_meanwhile(gathering, tied):
+    for _ in range(20):
+        publish(gathering, {"channel": "a", "data": "x" * 500_000}, WRITER)
+    with RawClient(gathering, ["a"], query="?since=1h", receive_buffer=4096):  # and does not read
+        gathering.gathering.until = 1
+        wait_until(lambda: tied() == 0)
 
 
 @many_processors
-def test_threads_begin_anywhere_where_the_system_forbids_it(monkeypatch, tied):
-    def forbid(*_):
-        raise PermissionError
+def test_whom_the_system_may_tie_is_asked_of_the_process_anew(gathering, tied):
+    """As `taskset -p` on a server that runs."""
+    everywhere = os.sched_getaffinity(os.getpid())
+    with dial(gathering):
+        wait_until(lambda: tied() == 2)
+        try:
+            os.sched_setaffinity(os.getpid(), {max(everywhere)})
+            gathering.gathering.until = 1
+            wait_until(lambda: not gathering.gathering.until)
+            thread = gathering.acceptor.native_id
+            wait_until(lambda: os.sched_getaffinity(thread) == {max(everywhere)})
+        finally:
+            os.sched_setaffinity(os.getpid(), everywhere)
 
-    monkeypatch.setattr(sys, "_is_gil_enabled", lambda: True, raising=False)
-    monkeypatch.setattr(os, "sched_setaffinity", forbid)
-    with running() as server:
-        assert is_served(server) and tied() == 0
+
+@many_processors
+@pytest.mark.parametrize("tls", [False, True])
+def test_threads_begin_together_where_they_share_the_interpreters_lock(certificate, tls):
+    def affinities():
+        return [len(os.sched_getaffinity(int(thread)))
+                for thread in os.listdir(f"/proc/{server.pid}/task")]
+
+    with serving(**{"TLS_CERT": certificate} if tls else {}) as server:
+        before = len(affinities())
+        with dial_plain(server):  # and says nothing
+            wait_until(lambda: len(affinities()) > before)
+            shares = getattr(sys, "_is_gil_enabled", lambda: True)() and not tls
+            assert (1 in affinities()) == shares
+
+
+def be_killed(*_):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def be_forbidden(*_):
+    raise PermissionError
+
+
+@pytest.mark.parametrize("call", [be_killed, be_forbidden])
+def test_threads_begin_anywhere_where_a_sandbox_forbids_it(monkeypatch, call):
+    monkeypatch.setattr(os, "sched_setaffinity", call, raising=False)
+    assert not philote.Gathering.is_possible()
 
 
 def test_an_end_lets_go_of_the_interpreters_lock_once(server, monkeypatch):
@@ -6789,30 +6830,47 @@ def test_a_message_that_this_python_cannot_read_is_told_as_a_gap(quick):
         assert receive_until(client, 1) == (["behind"], 1)
 
 
-def test_a_signal_in_the_middle_of_a_message_costs_nothing(server, proxy):
-    class Alarm(Exception):
+@pytest.fixture(params=[Exception, TimeoutError])
+def alarm(request):
+    """An exception that a signal's handler raises half a second later."""
+    class Alarm(request.param):
         pass
 
     def ring(*_):
         raise Alarm
 
     before = signal.signal(signal.SIGALRM, ring)
-    try:
-        with RawClient(server, ["a"]) as reader, philote.Client(
-                proxy.url, make_token(["a"], ["a"])) as client:
-            proxy.flows.clear()
-            signal.setitimer(signal.ITIMER_REAL, 0.5)
-            sent = []
-            with pytest.raises(Alarm):
-                while True:  # until the socket is full, and then for ever
-                    sent.append(f"{len(sent)} ".ljust(100_000, "x"))
-                    client.publish("a", sent[-1])
-            proxy.flows.set()
-            assert client.publish("a", "after", wait=True)
-            assert reader.receive_data(len(sent) + 1) == [*sent, "after"]
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+    signal.setitimer(signal.ITIMER_REAL, 0.5)
+    yield Alarm
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.signal(signal.SIGALRM, before)
+
+
+def publish_for_ever(client, sent):
+    while True:  # until the socket is full, and then it waits
+        sent.append(f"{len(sent)} ".ljust(100_000, "x"))
+        client.publish("a", sent[-1])
+
+
+def test_a_signal_in_the_middle_of_a_message_costs_nothing(server, proxy, alarm):
+    with RawClient(server, ["a"]) as reader, philote.Client(
+            proxy.url, make_token(["a"], ["a"])) as client:
+        proxy.flows.clear()
+        sent = []
+        with pytest.raises(alarm):
+            publish_for_ever(client, sent)
+        proxy.flows.set()
+        assert client.publish("a", "after", wait=True)
+        assert reader.receive_data(len(sent) + 1) == [*sent, "after"]
+
+
+def test_a_signal_in_the_middle_of_a_message_ends_a_client_that_does_not_reconnect(proxy, alarm):
+    with plain_client(proxy.url, make_token(["a"], ["a"])) as client:
+        proxy.flows.clear()
+        with pytest.raises(alarm):
+            publish_for_ever(client, [])
+        with pytest.raises(philote.ConnectionClosed):
+            client.publish("a", "after")
 
 
 def test_close_gives_up_once(monkeypatch, server):
