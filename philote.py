@@ -7881,7 +7881,7 @@ _CONSOLE_PAGE = r"""<!doctype html>
       <label>Token <input id="token" class="secret" required></label>
       <dl id="claims"></dl>
       <div class="row">
-        <label>Follow <input id="follow" placeholder="all that may be read"></label>
+        <label>Follow <input id="follow" placeholder="all, or: news, chat.*"></label>
         <label>Last <input id="last" inputmode="numeric" pattern="[0-9]*" value="20"></label>
         <label>Since <input id="since" placeholder="10m"></label>
       </div>
@@ -8174,8 +8174,8 @@ function connect() {
   });
   hear("gap", ({ id }) => warn(`messages may be missing before ${id}`));
   hear("error", ({ code, reason }) => warn(`${code}: ${reason}`));
-  const asked = value("follow") ? value("follow").split(/[\s,]+/).filter(Boolean)
-    : names(rights.read);
+  const chosen = value("follow").split(",").map(name => name.trim()).filter(Boolean);
+  const asked = chosen.length ? chosen : names(rights.read);
   // A message that several of them match is to be seen once.
   const covered = name => asked.some(other => other !== name && covers(other, name));
   const past = { last: value("last") ? Number(value("last")) : undefined,

@@ -8527,6 +8527,16 @@ def test_a_person_uses_the_console_from_top_to_bottom(server, console):
     assert not console.faults
 
 
+def test_the_console_follows_just_the_names_that_it_is_told(server, console):
+    console.get_by_label("Token").fill(make_token(["*"]))
+    console.get_by_label("Follow").fill(" blue room, news,")
+    console.get_by_role("button", name="Connect").click()
+    wait_until(lambda: set(server.log.joined) == {"blue room", "news"})
+    publish_to(server, ["other", "blue room"])
+    console.get_by_role("log").get_by_text("blue room").wait_for()
+    assert not console.faults
+
+
 def test_the_console_takes_claims_that_are_no_object_for_none(console):
     for claims in "5", '"text"', "null", "[]":
         console.get_by_label("Token").fill(f"x.{base64.b64encode(claims.encode()).decode()}.x")
