@@ -6831,44 +6831,50 @@ def test_a_message_that_this_python_cannot_read_is_told_as_a_gap(quick):
 
 
 @pytest.fixture(params=[Exception, TimeoutError])
-def alarm(request):
-    """An exception that a signal's handler raises half a second later."""
+def publish_until_a_signal(request):
+    """Publishes until the socket is full, and a signal's handler raises where it waits."""
     class Alarm(request.param):
         pass
 
-    def ring(*_):
-        raise Alarm
+    def ring(_, frame):
+        if frame.f_code.co_name == "_call":  # internal
+            raise Alarm
+
+    def work(client):
+        sent = []
+        signal.setitimer(signal.ITIMER_REAL, 0.1, 0.1)
+        with pytest.raises(Alarm):
+            while len(sent) < 100:
+                sent.append(f"{len(sent)} ".ljust(100_000, "x"))
+                client.publish("a", sent[-1])
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        return sent
 
     before = signal.signal(signal.SIGALRM, ring)
-    signal.setitimer(signal.ITIMER_REAL, 0.5)
-    yield Alarm
+    yield work
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
 
 
-def publish_for_ever(client, sent):
-    while True:  # until the socket is full, and then it waits
-        sent.append(f"{len(sent)} ".ljust(100_000, "x"))
-        client.publish("a", sent[-1])
-
-
-def test_a_signal_in_the_middle_of_a_message_costs_nothing(server, proxy, alarm):
+def test_a_signal_in_the_middle_of_a_message_costs_nothing(
+        server, proxy, publish_until_a_signal):
     with RawClient(server, ["a"]) as reader, philote.Client(
             proxy.url, make_token(["a"], ["a"])) as client:
         proxy.flows.clear()
-        sent = []
-        with pytest.raises(alarm):
-            publish_for_ever(client, sent)
+        sent = publish_until_a_signal(client)
+        proxy.is_open = False
         proxy.flows.set()
+        wait_until(lambda: subscriber_count(server) == 1, "the end of the connection")
+        proxy.is_open = True
         assert client.publish("a", "after", wait=True)
         assert reader.receive_data(len(sent) + 1) == [*sent, "after"]
 
 
-def test_a_signal_in_the_middle_of_a_message_ends_a_client_that_does_not_reconnect(proxy, alarm):
+def test_a_signal_in_the_middle_of_a_message_ends_a_client_that_does_not_reconnect(
+        proxy, publish_until_a_signal):
     with plain_client(proxy.url, make_token(["a"], ["a"])) as client:
         proxy.flows.clear()
-        with pytest.raises(alarm):
-            publish_for_ever(client, [])
+        publish_until_a_signal(client)
         with pytest.raises(philote.ConnectionClosed):
             client.publish("a", "after")
 
