@@ -6122,11 +6122,16 @@ class Client:
         since = self._behind or self._position
         past = {"since": since} if since else self._past
         parameters = [*past.items()]
-        later: list[str] = []  # channels that do not fit into the query; _begin() joins them
+        # Channels that do not fit into the query: _begin() joins them, by requests that are no
+        # larger, since servers limit a message.
+        later: list[list[str]] = []
         for name in sorted(self._channels or ()):
             parameters.append(("channel", name))
             if len(urllib.parse.urlencode(parameters)) > _LONGEST_QUERY:
-                later.append(parameters.pop()[1])
+                parameters.pop()
+                if not later or len(json.dumps([*later[-1], name])) > _LONGEST_QUERY:
+                    later.append([])
+                later[-1].append(name)
         if later and not past:  # _begin() asks for these, and it needs a connection with ids
             past = {"since": "now"}
             parameters += past.items()
@@ -6155,7 +6160,8 @@ class Client:
         token = self._token() if callable(self._token) else self._token
         return _Link(self._url, token, parameters, self.max_message_size)
 
-    def _begin(self, link: _Link, value: Any, past: dict[str, Any], later: list[str]) -> None:
+    def _begin(self, link: _Link, value: Any, past: dict[str, Any],
+               later: list[list[str]]) -> None:
         # The beginning of a connection with ids, and step 2. The server answers what is asked here
         # after the replay, since it reads nothing before that is sent.
         begin = value["connected"]
@@ -6177,10 +6183,11 @@ class Client:
                 past = {"since": begin["id"]}
             # Not if an earlier connection has left the same request unanswered, unless that counts
             # from when it is read ("10m"), and would not reach back as far now.
-            if later and not any(not request.awaited and request.value["subscribe"] == later
-                                 and "-" in request.value.get("since", "")  # an id
-                                 for request in self._subscribing):
-                self._add_request(_Request({"subscribe": later, **past}, False))
+            unanswered = [request.value["subscribe"] for request in self._subscribing
+                          if not request.awaited and "-" in request.value.get("since", "")]  # an id
+            for part in later:
+                if part not in unanswered:
+                    self._add_request(_Request({"subscribe": part, **past}, False))
             # The channels of unanswered messages that this connection does not bring, see step 2.
             unseen = sorted({request.value["channel"] for request in self._requests.values()
                              if "channel" in request.value
@@ -7410,8 +7417,9 @@ const MOST_WAITING = 100; // publications before the connection is there
 // does. They are known by their issuer, and no callback gets them.
 const MOST_ISSUERS = 100; // of our connections, the last of them, that are remembered
 // Characters, since proxies limit the first line of a request. Channels that do not fit are joined
-// by requests, once the connection is there.
+// by requests, once the connection is there; none is longer, for servers limit a message.
 const LONGEST_QUERY = 4_000;
+const LONGEST_DELAY = 2 ** 31 - 1; // ms that a timer can wait
 
 /** Why a message was not published: `forbidden`, `bad_message`, `closed` or `unknown`. */
 export class PhiloteError extends Error {
@@ -7430,8 +7438,8 @@ export class PhiloteError extends Error {
  */
 const inOrder = id => id.split("-").map(number => number.padStart(20, "0")).join("-");
 
-/** @param {[string, Message]} one  @param {[string, Message]} other */
-const byPlace = ([one], [other]) => one < other ? -1 : 1;
+/** @param {[string, ...unknown[]]} one  @param {[string, ...unknown[]]} other */
+const byPlace = ([one], [other]) => one < other ? -1 : Number(one > other);
 
 /**
  * Whether a channel or pattern brings another, all of it.
@@ -7439,6 +7447,25 @@ const byPlace = ([one], [other]) => one < other ? -1 : 1;
  */
 export const covers = (name, other) => name === other
   || name.endsWith("*") && other.replace(/\*$/, "").startsWith(name.slice(0, -1));
+
+/** How many characters a channel takes in a query. @param {string} name */
+const sizeOf = name => String(new URLSearchParams({ name })).length;
+
+/** @param {Subscription[]} subscriptions */
+function* inParts(subscriptions) {
+  /** @type {Subscription[]} */
+  let part = [];
+  let size = 0;
+  for (const subscription of subscriptions) {
+    size += sizeOf(subscription.name);
+    if (part.length && size > LONGEST_QUERY) {
+      yield part;
+      [part, size] = [[], sizeOf(subscription.name)];
+    }
+    part.push(subscription);
+  }
+  yield part;
+}
 
 /** What a token allows, unverified; of one that cannot be read, nothing. @param {string} token */
 export const claimsOf = token => {
@@ -7491,7 +7518,7 @@ export class Philote extends EventTarget {
     super();
     this.#url = new URL(String(url).replace(/^http/i, "ws"));
     this.#token = token;
-    this.#minDelay = minDelay;
+    this.#minDelay = Math.max(1, minDelay); // it is doubled
     this.#maxDelay = maxDelay;
     this.#position = this.#since = since;
     const signal = { signal: this.#listening.signal };
@@ -7583,7 +7610,8 @@ export class Philote extends EventTarget {
   /**
    * Make the address of the next connection. It names the channels of subscriptions that have a
    * cursor, as far as the token allows and they fit: these go on at the position. #begin() asks for
-   * the others.
+   * the others. Where one attempt after the other fails, every fourth names none: they may be what
+   * a server or proxy refuses, and why is told to who asks for them.
    * @param {string} token
    */
   #address(token) {
@@ -7595,8 +7623,8 @@ export class Philote extends EventTarget {
     const room = Math.min(LONGEST_QUERY, 8_000 - url.pathname.length - token.length);
     const joined = [...this.#subscriptions].filter(subscription => subscription.cursor);
     for (const name of new Set(joined.map(subscription => subscription.name))) {
-      if (rights.some(right => covers(right, name))
-          && String(query).length + String(new URLSearchParams({ name })).length < room) {
+      if (this.#failures % 4 < 3 && rights.some(right => covers(right, name))
+          && String(query).length + sizeOf(name) < room) {
         query.append("channel", name);
       }
     }
@@ -7612,7 +7640,8 @@ export class Philote extends EventTarget {
       // Without a name the server would join all that the token may read, and send it. So this
       // names one that the token allows (for a pattern, a channel that nobody uses), and #begin()
       // leaves it again.
-      if (rights.length) query.set("channel", rights[0].replace(/\*$/, String(Math.random())));
+      const [shortest] = rights.sort((a, b) => sizeOf(a) - sizeOf(b));
+      if (rights.length) query.set("channel", shortest.replace(/\*$/, String(Math.random())));
     }
     query.set("auth", token);
     return url;
@@ -7644,7 +7673,8 @@ export class Philote extends EventTarget {
     this.#opened = 0;
     this.#attempt++;
     clearTimeout(this.#timer);
-    const longest = Math.min(this.#maxDelay, this.#minDelay * 2 ** Math.max(0, this.#failures - 1));
+    const longest = Math.min(this.#maxDelay, LONGEST_DELAY,
+                             this.#minDelay * 2 ** Math.max(0, this.#failures - 1));
     // Random, so that not all clients come back at once to a server that was restarted.
     const delay = forGood ? null : Math.random() * longest;
     this.#state = forGood ? "closed" : "waiting";
@@ -7741,7 +7771,9 @@ export class Philote extends EventTarget {
       const past = JSON.stringify(subscription.past);
       alike.set(past, [...alike.get(past) ?? [], subscription]);
     }
-    for (const group of alike.values()) this.#ask(group);
+    for (const group of alike.values()) {
+      for (const part of inParts(group)) this.#ask(part);
+    }
     // After the subscriptions, so that what others send in reply to it is received.
     for (const publication of this.#unsent.splice(0)) this.#sendPublication(publication);
     this.#emit("open", { issuer, resumed });
@@ -7783,19 +7815,22 @@ export class Philote extends EventTarget {
     // What was joined before has all up to there, and this shall get nothing of before, later.
     if (inOrder(id) > inOrder(this.#position)) this.#position = id;
     if (!resumed) this.#emit("gap", { id });
+    /** @type {[string, Message, Subscription][]} */
+    const calls = [];
     for (const subscription of subscriptions) {
       const { past, held } = subscription;
       const wanted = past.since !== undefined || past.last !== undefined;
-      subscription.past = {};
-      subscription.held = [];
       // Among what was held are new messages, too, which other subscriptions have brought. So all
       // are put in order, each once.
       const places = new Map(held.map(message => [inOrder(message.id), message]));
-      for (const [place, message] of wanted ? [...places].sort(byPlace) : []) {
-        if (this.#subscriptions.has(subscription)) this.#call(subscription, message, place);
-      }
-      subscription.cursor = inOrder(id);
+      if (wanted) places.forEach((message, place) => calls.push([place, message, subscription]));
+      subscription.past = {};
+      subscription.held = [];
     }
+    for (const [place, message, subscription] of calls.sort(byPlace)) {
+      if (this.#subscriptions.has(subscription)) this.#call(subscription, message, place);
+    }
+    for (const subscription of subscriptions) subscription.cursor = inOrder(id);
   }
 
   /** @param {string | undefined} ref  @param {string} code  @param {string} reason */

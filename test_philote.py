@@ -6518,6 +6518,16 @@ def test_a_channel_is_joined_later_once_however_many_connections_were_lost_befor
     assert asked == [(["a"], since) for since in expected]
 
 
+@with_settings(max_message_size=8192)
+def test_no_request_of_a_client_is_too_large_however_many_channels_it_follows(server, proxy):
+    names = [f"a room with a name {number:05}" for number in range(600)]
+    with philote.Client(proxy.url, make_token(["*"], ["a"]), channels=names) as client:
+        proxy.cut()
+        client.publish("a", "", wait=True)  # is answered behind the subscriptions
+        publish_to(server, [names[0], names[-1]])
+        assert receive_until(client, 2) == ([0, 1], 0)
+
+
 def test_what_a_client_asks_for_when_it_comes_back_does_not_keep_it_from_reading(quick):
     def replay(end):  # and read nothing before that is taken, as this server does
         end.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
@@ -8282,16 +8292,55 @@ def test_the_answer_to_a_subscription_moves_the_position(tab):
     """, "a") == "12-0"
 
 
+def come_back(tab):
+    tab.evaluate("window.dispatchEvent(new Event('offline'))")
+    tab.wait_for_function("philote.state === 'open'")
+    tab.evaluate("philote.publish('a', '')")  # is answered behind the subscriptions
+
+
 def test_a_page_with_a_long_token_and_many_channels_comes_back(server, tab):
     names = [f"a room with a long name {number:05}" for number in range(150)]
     token = make_token(names, ["a"])
     assert 6000 < len(token) < 8000
     start(tab, url_of(server), *names, token=token)
-    tab.evaluate("window.dispatchEvent(new Event('offline'))")
-    tab.wait_for_function("philote.state === 'open'")
-    tab.evaluate("philote.publish('a', '')")  # is answered behind the subscriptions
+    come_back(tab)
     publish_to(server, [names[0], names[-1]])
     wait_for_data(tab, [0, 1])
+
+
+@with_settings(max_message_size=8192)
+def test_no_request_of_a_page_is_too_large_however_many_channels_it_follows(server, tab):
+    names = [f"a room with a name {number:05}" for number in range(600)]
+    start(tab, url_of(server), *names, token=make_token(["*"], ["a"]))
+    come_back(tab)
+    publish_to(server, [names[0], names[-1]])
+    wait_for_data(tab, [0, 1])
+    assert len(seen(tab, "open")) == 2
+
+
+def test_a_page_comes_back_to_a_server_that_lets_it_follow_less(server, tab):
+    names = [f"a{number}" for number in range(30)]
+    with running() as first:
+        port = port_of(first)
+        start(tab, url_of(first), *names, token=make_token(["*"], ["a"]))
+    with running(port=port, max_subscriptions=10) as second:
+        tab.wait_for_function("seen.filter(([type]) => type === 'error').length === 20")
+        assert {error["code"] for error in seen(tab, "error")} == {"too_many"}
+        publish_to(second, [names[0], names[9]])
+        wait_for_data(tab, [0, 1])
+
+
+def test_a_page_gets_in_however_long_the_first_name_in_its_token_is(server, tab):
+    start(tab, url_of(server), "b", token=make_token(["\u6f22" * 800, "b"], ["a"]))
+    publish_to(server, ["b"])
+    wait_for_data(tab, [0])
+
+
+def test_the_pauses_of_a_page_grow_whatever_the_shortest_is(tab):
+    tab.evaluate("Math.random = () => 1")
+    tab.evaluate(START, [free_url(), {"minDelay": 0}, []])
+    tab.wait_for_function("seen.length > 4")
+    assert [closed["delay"] for closed in seen(tab, "closed")][:5] == [1, 2, 4, 8, 16]
 
 
 def test_what_is_followed_later_begins_later_though_the_connection_is_cut(tab):
@@ -8304,6 +8353,15 @@ def test_what_is_followed_later_begins_later_though_the_connection_is_cut(tab):
       begin();
       return sent.map(({ subscribe, since }) => [...subscribe, since ?? "now"]);
     """, "a", since="3-0") == [["a", "3-0"], ["b", "now"]] * 2
+
+
+def test_what_several_subscriptions_missed_comes_in_the_order_of_its_ids(tab):
+    assert scripted(tab, """
+      begin();
+      for (const id of ["4-0", "5-0", "10-0"]) hearOf(id, id === "5-0" ? "a" : "b");
+      joined();
+      return got;
+    """, "a", "b", "b", since="3-0") == ["4-0", "4-0", "5-0", "10-0", "10-0"]
 
 
 def test_what_was_left_is_not_joined_again_when_a_list_is_refused(tab):
