@@ -7451,7 +7451,7 @@ export const covers = (name, other) => name === other
 /** How many characters a channel takes in a query. @param {string} name */
 const sizeOf = name => String(new URLSearchParams({ name })).length;
 
-/** @param {Subscription[]} subscriptions */
+/** Divide what is asked for into messages of bounded size. @param {Subscription[]} subscriptions */
 function* inParts(subscriptions) {
   /** @type {Subscription[]} */
   let part = [];
