@@ -7616,8 +7616,11 @@ export class Philote extends EventTarget {
    */
   #address(token) {
     const url = new URL(this.#url), query = url.searchParams;
-    const read = claimsOf(token).read;
-    const rights = Array.isArray(read) ? read.map(String) : [];
+    const claims = claimsOf(token);
+    // Where the setting CLAIM names the claim that holds the rights, this does not know its name.
+    const holders = [claims, ...Object.values(claims)];
+    /** @type {string[]} */
+    const rights = holders.find(claim => Array.isArray(claim?.read))?.read.map(String) ?? [];
     query.set("since", this.#position || "now");
     // The server takes 8 KiB of path and query, and the token comes into them as well.
     const room = Math.min(LONGEST_QUERY, 8_000 - url.pathname.length - token.length);

@@ -8330,6 +8330,17 @@ def test_a_page_comes_back_to_a_server_that_lets_it_follow_less(server, tab):
         wait_for_data(tab, [0, 1])
 
 
+@with_settings(claim="https://a.example/philote", max_subscriptions=10)
+def test_a_page_gets_in_with_rights_in_the_claim_of_the_setting(server, tab):
+    names = [f"a{number}" for number in range(30)]
+    claim = server.settings.claim
+    start(tab, url_of(server), "a9", token=philote.new_token(SECRET, names, ["a"], claim=claim))
+    come_back(tab)
+    publish(server, {"channel": "a9", "data": "hello"},
+            philote.new_token(SECRET, write=["*"], claim=claim))
+    wait_for_data(tab, ["hello"])
+
+
 def test_a_page_gets_in_however_long_the_first_name_in_its_token_is(server, tab):
     start(tab, url_of(server), "b", token=make_token(["\u6f22" * 800, "b"], ["a"]))
     publish_to(server, ["b"])
