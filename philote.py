@@ -3694,6 +3694,7 @@ class Subscriber:
         gathering = self.server.gathering
         if gathering and not self.past.is_empty():  # which may take long
             gathering.disperse()
+            gathering = None
         # The head of the answer is queued by now, so nothing of the channels can come before it.
         if self.past.resumable:
             self.follow(self.channels, self.past, self.encode_beginning, lambda *_: b"")
@@ -6048,13 +6049,12 @@ class Client:
         return request
 
     def _wait_for_room(self, size: int) -> None:
-        with self._changed:
-            # A request that is too large by itself is let through when nothing else waits.
-            self._changed.wait_for(lambda: self._end or self._closing or not self._requests or (
-                len(self._requests) < _MOST_ASKED and self._asked_size + size < _MOST_SIZE))
-            if self._closing:
-                raise (self._end or ConnectionClosed(1006)).with_traceback(self._end_traceback)
-            self._raise_end()
+        # A request that is too large by itself is let through when nothing else waits.
+        self._changed.wait_for(lambda: self._end or self._closing or not self._requests or (
+            len(self._requests) < _MOST_ASKED and self._asked_size + size < _MOST_SIZE))
+        if self._closing:
+            raise (self._end or ConnectionClosed(1006)).with_traceback(self._end_traceback)
+        self._raise_end()
 
     def _add_request(self, request: _Request) -> str:
         ref = next(self._refs)
@@ -6934,7 +6934,8 @@ def _on_one_line(text: str) -> str:
 
 def _serve(_: argparse.Namespace) -> int:
     settings = Settings.from_environ(os.environ)
-    can_gather = Gathering.is_possible()  # before there are threads
+    # Before there are threads. Not with TLS: most of that is OpenSSL's work, without the lock.
+    can_gather = not settings.tls_cert and Gathering.is_possible()
     # Taken one by one with sigwait(), signals interrupt no thread in the middle of anything. They
     # are blocked before any thread is started, as a thread inherits that: one that did not block
     # them would get them, and what they do by default is to end the process.
@@ -6964,7 +6965,7 @@ def _serve(_: argparse.Namespace) -> int:
         return 1
     if server.interpreter_lock:
         server.switch_interval = SwitchInterval()
-        if can_gather and not settings.tls_cert:  # most of TLS is OpenSSL's work, without the lock
+        if can_gather:
             server.gathering = Gathering()
     # Where one of its threads cannot go on, the server stops as by a signal, and returns 1. During
     # the shutdown this is a second signal, which ends the process at once.

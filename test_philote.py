@@ -3496,18 +3496,18 @@ many_processors = pytest.mark.skipif(
 
 @pytest.fixture
 def gathering(server):
-    """A server that does not let its accepting thread go but when it is told to."""
+    """Lets the server's accepting thread go only when a test says so."""
     server.gathering = philote.Gathering()
     server.gathering.HOLD = 1000
-    return server
+    return server.gathering
 
 
 @many_processors
 def test_threads_begin_where_the_accepting_one_is_and_go_free_once_they_have_answered(
-        gathering, tied):
-    with http_connection(gathering) as connection, dial(gathering) as sock:
+        server, gathering, tied):
+    with http_connection(server) as connection, dial(server) as sock:
         wait_until(lambda: tied() == 2)
-        gathering.gathering.until = 1  # in the past
+        gathering.until = 1  # in the past
         wait_until(lambda: tied() == 1, "the accepting thread has gone free")
         sock.sendall(upgrade())
         assert sock.recv(4096).startswith(b"HTTP/1.1 101")
@@ -3516,30 +3516,30 @@ def test_threads_begin_where_the_accepting_one_is_and_go_free_once_they_have_ans
         wait_until(lambda: tied() == 2)
         assert exchange(connection, "GET", "/health")[0] == 200
         wait_until(lambda: tied() == 1)
-        assert pending_count(gathering) == 1
+        assert pending_count(server) == 1
 
 
 @many_processors
 @with_settings(history_size=1 << 30, max_message_size=1 << 20)
-def test_who_reads_a_long_past_is_free_meanwhile(gathering, tied):
+def test_who_reads_a_long_past_is_free_meanwhile(server, gathering, tied):
     for _ in range(20):
-        publish(gathering, {"channel": "a", "data": "x" * 500_000}, WRITER)
-    with RawClient(gathering, ["a"], query="?since=1h", receive_buffer=4096):  # and does not read
-        gathering.gathering.until = 1
+        publish(server, {"channel": "a", "data": "x" * 500_000}, WRITER)
+    with RawClient(server, ["a"], query="?since=1h", receive_buffer=4096):  # and does not read
+        gathering.until = 1
         wait_until(lambda: tied() == 0)
 
 
 @many_processors
-def test_whom_the_system_may_tie_is_asked_of_the_process_anew(gathering, tied):
+def test_whom_the_system_may_tie_is_asked_of_the_process_anew(server, gathering, tied):
     """As `taskset -p` on a server that runs."""
     everywhere = os.sched_getaffinity(os.getpid())
-    with dial(gathering):
+    with dial(server):
         wait_until(lambda: tied() == 2)
         try:
             os.sched_setaffinity(os.getpid(), {max(everywhere)})
-            gathering.gathering.until = 1
-            wait_until(lambda: not gathering.gathering.until)
-            thread = gathering.acceptor.native_id
+            gathering.until = 1
+            wait_until(lambda: not gathering.until)
+            thread = server.acceptor.native_id
             wait_until(lambda: os.sched_getaffinity(thread) == {max(everywhere)})
         finally:
             os.sched_setaffinity(os.getpid(), everywhere)
