@@ -2665,6 +2665,9 @@ class Log:
     def wait_until(self, position: int) -> None:
         """Wait for an id that another server gave out."""
 
+    def wait_for_all(self, connection: Connection) -> None:
+        """Wait until all that any server had to publish before is in the log, and read here."""
+
     def describe(self) -> dict[str, Any]:
         """Say more for /api/info."""
         return {}
@@ -2898,6 +2901,7 @@ _HEARTBEAT_TIME = 2  # seconds between heartbeats
 _GONE_TIME = 30  # seconds without one, after which a server counts as gone. It may just be late:
 #                  its read thread may wait 10 s for its subscribers, and ours for ours (_let_read)
 _UNAVAILABLE_TIME = 5  # seconds for an answer of Redis, and for an entry to come back
+_ANSWERED_TIME = 1  # seconds for the answers of other servers, once ours is there (wait_for_all())
 _LAG_TIME = 8  # seconds that a client waits whose position we have not read yet (wait_until()):
 #                less than the 10 that ours wait for an answer, or they would never get in
 _OUTBOX_SIZE = 1 << 24  # bytes that may wait to come back; with more, publishers have to wait
@@ -3109,7 +3113,7 @@ class RedisLog(Log):
         # By server: its next number, and when it was heard of; what it said of itself, and when.
         self.expected: dict[bytes, tuple[int, float]] = {self.id: (1, math.inf)}
         self.servers: dict[bytes, tuple[dict[str, Any], float]] = {}
-        # For each question of end_connections(), until it returns: what each server has ended.
+        # For each question of _ask(), until it is done: what each server has ended.
         self.asked: dict[str, dict[str, int]] = {}
         self.read_count = self.skipped = self.repeated = self.losses = 0
         self.at_end = 0.0  # all that was in the log at that time has been read
@@ -3174,17 +3178,43 @@ class RedisLog(Log):
         Returns how many, and whether all servers that are known answered in time. Our own answer
         counts only who came since: to end somebody twice counts once.
         """
-        count, ask, answers = self.end_own(**whom), uuid.uuid4().hex, dict[str, int]()
+        count, end = self.end_own(**whom), time.monotonic() + _UNAVAILABLE_TIME
+        with self._ask(whom) as (answers, missing):
+            while missing() and time.monotonic() < end:
+                time.sleep(0.01)
+            return count + sum(answers.copy().values()), not missing()
+
+    def wait_for_all(self, connection: Connection) -> None:
+        """Wait until all that any server had to append before has been read here.
+
+        Each server answers the question of end_connections() behind that. So it is asked to end
+        nobody. Our own answer shows that Redis can be reached; then the others have _ANSWERED_TIME,
+        for one that was killed a moment ago still counts as living.
+        """
+        if not self.wait_for_room(connection):
+            return
+        end = math.inf
+        with self._ask({}) as (answers, missing):
+            while (missing() and time.monotonic() < end and connection.state is SUBSCRIBED
+                   and not self.stopping.is_set()):
+                connection.pause(0.01)
+                if end == math.inf and self.id.decode() in answers:
+                    end = time.monotonic() + _ANSWERED_TIME
+
+    @contextlib.contextmanager
+    def _ask(self, whom: Mapping[str, str]) -> Iterator[
+            tuple[dict[str, int], Callable[[], set[str]]]]:
+        # Asks all servers to end connections. Gives what they answer, and who is still to answer.
         # Our own answer is waited for, too. Where no other server is known, nothing else would
         # show that the question is in the log, to be found by those that are not known.
-        missing = {about["id"] for about in self._living()} | {self.id.decode()}
+        known = {about["id"] for about in self._living()} | {self.id.decode()}
+        ask, answers = uuid.uuid4().hex, dict[str, int]()
         self.asked[ask] = answers
         self.outbox.put(self._make_entry(b"end", {"ask": ask, "whom": whom}))
-        end = time.monotonic() + _UNAVAILABLE_TIME
-        while missing - answers.copy().keys() and time.monotonic() < end:
-            time.sleep(0.01)
-        answers = self.asked.pop(ask).copy()  # the read thread may still fill that
-        return count + sum(answers.values()), not missing - answers.keys()
+        try:
+            yield answers, lambda: known - answers.copy().keys()  # the read thread fills it
+        finally:
+            del self.asked[ask]
 
     def wait_for_room(self, connection: Connection, seconds: float = math.inf) -> bool:
         """Wait while too much has not come back; returns whether there is room."""
@@ -3586,13 +3616,19 @@ class RedisLog(Log):
             self._receive_heartbeat(entry.server, value)
         elif entry.kind == b"ended":
             self.asked.get(value["ask"], {})[entry.server.decode()] = value["count"]
-        elif self.ready.is_set():  # not what was asked before our time
-            # There may be thousands to end, and all that comes would wait meanwhile.
+        elif not self.ready.is_set():  # it was asked before our time
+            pass
+        elif not value["whom"]:  # wait_for_all()
+            self._tell_ended(value["ask"], 0)
+        else:  # there may be thousands to end, and all that comes would wait meanwhile
             threading.Thread(target=self._end_own, args=(value,), daemon=True).start()
 
     def _end_own(self, asked: dict[str, Any]) -> None:
-        count = self.end_own(asked["whom"].get("user", ""), asked["whom"].get("issuer", ""))
-        self.outbox.put(self._make_entry(b"ended", {"ask": asked["ask"], "count": count}))
+        whom = asked["whom"]
+        self._tell_ended(asked["ask"], self.end_own(whom.get("user", ""), whom.get("issuer", "")))
+
+    def _tell_ended(self, ask: str, count: int) -> None:
+        self.outbox.put(self._make_entry(b"ended", {"ask": ask, "count": count}))
 
     def _receive_heartbeat(self, server: bytes, about: dict[str, Any]) -> None:
         if server == self.id:
@@ -3832,7 +3868,8 @@ class WebSocket(Subscriber):
         next(self.frames)  # up to its first yield, where it takes bytes
         self.read_size = max(self.server.settings.read_buffer_size, _FULL_READ)
         self.batch = Batch(self.server, self.id, key.user, connection)
-        self.asked: tuple[list[str], Past, str | None] | None = None  # a subscription to be served
+        # A subscription to be served; without a past, it is an unsubscription of nothing.
+        self.asked: tuple[list[str], Past | None, str | None] | None = None
         self.pings, self.last_ping = 0, b""  # that came since the last flush
         self.delay = 0.0  # seconds that the peer has to wait, see RateLimit and Connection.charge()
         # The poller's, see on_heartbeat().
@@ -3969,6 +4006,9 @@ class WebSocket(Subscriber):
             raise Refused("a message may subscribe or unsubscribe, not both")
         if "subscribe" not in value:
             names = check_names(value["unsubscribe"])
+            if not names:
+                self.asked = names, None, ref
+                return
             self.batch.deliver()  # acknowledgements come first, but for those of Redis
             self.server.log.leave(self, names)
             self.channels = Names(self.channels - {*names})
@@ -3985,6 +4025,10 @@ class WebSocket(Subscriber):
     def _subscribe(self) -> None:
         if self.asked:
             (names, past, ref), self.asked = self.asked, None
+            if past is None:
+                self.server.log.wait_for_all(self.connection)
+                self.connection.put(encode_answer({"unsubscribed": {"channels": []}}, ref))
+                return
             if past.resumable and not self.encoder.with_ids:
                 self.server.log.add_ids(self)
                 self.server.poller.call_at(self.connection, time.monotonic())  # see tell_position()
@@ -5682,22 +5726,23 @@ def _tell_error(error: Exception) -> str:
 #        to it, so the replay holds what we published on the old ones; each such message answers
 #        the request that it was sent by.
 #     2. A replay brings only channels that are joined. Those that we only publish to are joined for
-#        this, one by one, each with a replay (ref _CHECK), and left again (ref _CAUGHT_UP).
-#     3. The server answers subscriptions in order. So when it answers _CAUGHT_UP, all replays have
-#        been read. (Acknowledgements may come later where it shares its log in Redis.)
+#        this, one by one, each with a replay (ref _CHECK), and left again after step 3.
+#     3. The server answers subscriptions in order. One that leaves nothing (ref _CAUGHT_UP) it
+#        answers when all that any server had read of us is in the log, and was sent to us.
 #     4. What is still unanswered is sent again, in order; meanwhile new requests wait behind it.
 #
 # For a client that had published "hello" to the channel logs, and follows news:
 #
 #     server -> client   {"connected": {"id": "7-0", ...}}, and the replay of news after id 7-0
 #     client -> server   {"subscribe": ["logs"], "since": "7-0", "ref": "check"}
-#     client -> server   {"unsubscribe": ["logs"], "ref": "caught up"}
-#     server -> client   the replay of logs after id 7-0, and both answers
+#     client -> server   {"unsubscribe": [], "ref": "caught up"}
+#     client -> server   {"unsubscribe": ["logs"], "ref": "check"}
+#     server -> client   the replay of logs after id 7-0, and the answers
 #     client -> server   {"channel": "logs", "data": "hello", "ref": "12"}, if it was not in there
 #
 # So others get a message twice only where our token may not read its channel, where the server no
-# longer keeps all that came after the position, or where bytes of the old connection reach the
-# server after step 3.
+# longer keeps all that came after the position, or where bytes of the old connection reach their
+# server after step 3, or its entries Redis: one of several that was stopped meanwhile, or cut off.
 #
 # The threads. Each caller sends its own requests. One more thread, philote-client, reads, and
 # connects again. While a connection lasts it must not wait for a send: the server reads nothing as
@@ -6204,7 +6249,9 @@ class Client:
             # One by one, since a subscription that the token does not allow joins none of its
             # channels. Sent aside: this thread has to read.
             values = [*({"subscribe": [name], "since": since, "ref": _CHECK} for name in unseen),
-                      {"unsubscribe": leave, "ref": _CAUGHT_UP}]
+                      {"unsubscribe": [], "ref": _CAUGHT_UP}]
+            if leave:
+                values.append({"unsubscribe": leave, "ref": _CHECK})
             _send_aside(self._look_for_ours, link, pause, *(
                 wsproto.events.TextMessage(json.dumps(value)) for value in values))
 

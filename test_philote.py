@@ -5193,6 +5193,33 @@ def test_clients_that_move_between_servers_under_faults_miss_nothing(store, hast
         assert totals(one)["redis_gaps"] == totals(two)["redis_gaps"] == 0
 
 
+@pytest.mark.parametrize("moves", [False, True])
+def test_what_waits_for_redis_is_not_published_again_by_a_client_that_comes_back(
+        pair, store, quick, moves):
+    with RawClient(pair[1], ["a"]) as reader, Proxy(pair[0]) as proxy, \
+            philote.Client(proxy.url, make_token(["a"], ["a"]), []) as client:
+        client.publish("a", 0, wait=True)
+        store.do("CLIENT", "PAUSE", 700, "ALL")
+        for i in range(1, 50):  # some are on their way to Redis, and others wait behind these
+            client.publish("a", i)
+            time.sleep(0.002)
+        wait_until(lambda: len(pair[0].log.outbox.entries) > 1)
+        proxy.server = pair[moves]
+        proxy.cut()
+        client.publish("a", 50, wait=True)
+        assert proxy.count == 2
+        assert reader.receive_data(51) == [*range(51)] and reader.is_quiet()
+
+
+def test_a_client_that_comes_back_does_not_wait_long_for_a_server_that_was_killed(pair, store):
+    with serving(REDIS_URL=store.url) as command:
+        wait_until(lambda: len(cluster_of(pair[0])["servers"]) == 3)
+        command.kill()
+    with RawClient(pair[0], ["a"], query="?since=now") as client:
+        assert client.receive()["connected"]
+        assert client.ask(unsubscribe=[]) == {"unsubscribed": {"channels": []}}
+
+
 def receive_new(client, count):
     """Receive until the last of so many numbers; one that a publisher had to repeat counts once."""
     seen = []
