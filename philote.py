@@ -1066,12 +1066,12 @@ def _decode(text: bytes) -> str:
         raise FrameError(CloseReason.INVALID_FRAME_PAYLOAD_DATA, "text not UTF-8") from None
 
 
-def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, bytes, NoReturn]:
+def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, bytes, None]:
     """Take a client's bytes apart; a coroutine without any input or output of its own.
 
     It yields a str for a text message, a Frame for any other frame that is in order, bytes for
-    what simple-websocket has to judge (all from a broken frame on, or one close frame), and None
-    when it needs more bytes. Raises FrameError.
+    what simple-websocket has to judge (all from a broken frame on, which is the end, or one close
+    frame), and None when it needs more bytes. Raises FrameError.
 
         next() -> None         once, to begin
         send(bytes) -> item    next() -> item ... next() -> None: all is used up, send() again
@@ -1090,12 +1090,11 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
         first, size = data[at], second & 0x7F
         if size >= 126:
             size = int.from_bytes(data[at + 2:body - 4], "big")
-        # What follows a broken frame cannot be understood: all of it is the library's.
+        # What follows a broken frame cannot be understood: all of it is the library's, which ends
+        # the connection for what this head says, and asks for no more.
         if not _is_well_formed(first, second, size):
-            rest = data[at:]
-            while True:
-                yield rest
-                rest = yield None
+            yield data[at:]
+            return
         if not first & 8 and len(fragments.payload) + size > max_message_size:
             raise FrameError(CloseReason.MESSAGE_TOO_BIG, "message too big")
         start, at = at, body + size  # from here on, the frame is data[start:at]
