@@ -1026,15 +1026,6 @@ def _is_well_formed(first: int, second: int, size: int) -> bool:
     return _LEAST[second & 0x7F] <= size < 1 << 63
 
 
-def _gather(part: bytes, size: int) -> Generator[None, bytes, bytes]:
-    # A part of read_frames(): takes bytes until a frame that came in part is whole. Returns its
-    # `size` bytes, and what came together with the last of them.
-    buffer = bytearray(part)
-    while len(buffer) < size:
-        buffer += yield None
-    return bytes(buffer)
-
-
 class _Fragments:
     """The message whose fragments are under way (RFC 6455, section 5.4)."""
 
@@ -1098,9 +1089,12 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
         if not first & 8 and len(fragments.payload) + size > max_message_size:
             raise FrameError(CloseReason.MESSAGE_TOO_BIG, "message too big")
         start, at = at, body + size  # from here on, the frame is data[start:at]
-        if at > len(data):
-            data = yield from _gather(data[start:], at - start)
+        if at > len(data):  # it came in part
+            buffer, data = bytearray(data[start:]), b""
             start, body, at = 0, body - start, at - start
+            while len(buffer) < at:
+                buffer += yield None
+            data, buffer = bytes(buffer), bytearray()
         if first == 0x80 | Opcode.CLOSE:
             yield data[start:at]
             continue
