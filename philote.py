@@ -2156,7 +2156,7 @@ class Poller(threading.Thread):
 
 _COUNTER_BITS = 64  # what Redis has for it
 _COUNTER = (1 << _COUNTER_BITS) - 1
-_ID = re.compile("([0-9]{1,19})-([0-9]{1,19})")  # 19 digits always fit 64 bits
+_ID = re.compile("[0-9]{1,19}-[0-9]{1,19}")  # 19 digits always fit 64 bits
 # Groups that are looked at, or old messages forgotten, before the lock is let go of: 1 to 3 ms.
 _SCAN = 2000
 _PIECE = 32768  # bytes of messages that are sent at a time to one who catches up
@@ -2171,6 +2171,12 @@ _LONG_NAME = 1024  # characters; MAX_SUBSCRIPTIONS times as many may be in all t
 def encode_id(position: int) -> str:
     """Write an id as clients see it."""
     return f"{position >> _COUNTER_BITS}-{position & _COUNTER}"
+
+
+def decode_id(text: str) -> int:
+    """Read an id as clients see it; no id ("") is below all. Raises ValueError."""
+    milliseconds, _, counter = text.partition("-")
+    return int(milliseconds or 0) << _COUNTER_BITS | int(counter or 0)
 
 
 def _now() -> int:
@@ -2199,8 +2205,8 @@ def parse_past(since: Any, last: Any) -> Past:
     if since is None or since == "now":
         return Past(None, False, count, since is not None or last is not None)
     text = since if isinstance(since, str) else ""
-    if match := _ID.fullmatch(text):
-        return Past(int(match[1]) << _COUNTER_BITS | int(match[2]), False, count, True)
+    if _ID.fullmatch(text):
+        return Past(decode_id(text), False, count, True)
     try:
         ago = 1000 * parse_duration(text)
     except ValueError:
@@ -2907,13 +2913,6 @@ _LARGEST_IN_REDIS = 1 << 26  # bytes of a message. Encoded anew it may have 6 ti
 #                              1000000000000000.0). Redis refuses more than 8 times as many.
 _MOST_SERVERS = 1000  # with more, those that were not heard of for a day are forgotten
 
-EntryID = tuple[int, int]  # of the stream: milliseconds and a counter
-
-
-def _parse_entry_id(text: bytes) -> EntryID:
-    milliseconds, _, counter = text.partition(b"-")
-    return int(milliseconds), int(counter)
-
 
 def _before(first: int) -> int:
     # An id below this one and above all that were given out before it. Where the counter is 0, that
@@ -2960,7 +2959,7 @@ class _Entry:
             for name, kind in _KINDS[self.kind].items():
                 if not isinstance(self.value[name], kind):
                     raise TypeError
-            _parse_entry_id(self.value.get("floor", "0-0").encode())
+            decode_id(self.value.get("floor", ""))
             self.server.decode()
 
 
@@ -3097,8 +3096,8 @@ class RedisLog(Log):
         self.beating = False
         self.leaving = False  # whether this server stops, and its heartbeats say that it is gone
         # The read thread's; others only look.
-        self.cursor: EntryID = 0, 0  # of the last entry that was read
-        self.first = 0  # id of the first entry that was read, or of the last lift
+        self.cursor = 0  # the stream's id of the last entry that was read
+        self.first = 0  # the first entry that was read, or the last lift, by its first message's id
         # The log was emptied, or cut past the cursor. That is a gap up to the next entry that is
         # read, whose id tells how far: other servers may have read more of what is gone.
         self.cut = False
@@ -3395,10 +3394,10 @@ class RedisLog(Log):
         ids = self._execute(connection, ("MULTI",), *(
             ("XADD", self.key, "*", *entry.fields) for entry in entries), ("EXEC",))
         self.written += len(entries)
-        if _parse_entry_id(ids[0]) <= before:
+        if decode_id(ids[0].decode()) <= before:
             self._lift(connection, before)
 
-    def _lift(self, connection: Any, before: EntryID) -> None:
+    def _lift(self, connection: Any, before: int) -> None:
         # Redis gave our entry an id that is not above what was read before. In one stream ids never
         # fall, whatever the clock does: so this is another log, or one that has lost its end, and
         # its clock is behind. Read threads ask for what is above the last id that they have, and
@@ -3409,7 +3408,7 @@ class RedisLog(Log):
         # lift or with time, and Redis refuses that id.
         lift = *self.head, "lift", ""
         try:
-            self._execute(connection, ("XADD", self.key, f"{before[0]}-{before[1] + 1}", *lift))
+            self._execute(connection, ("XADD", self.key, encode_id(before + 1), *lift))
         except self.redis.ResponseError:
             self._execute(connection, ("XADD", self.key, "*", *lift))
         self.outbox.restore()
@@ -3431,11 +3430,11 @@ class RedisLog(Log):
             connections = len(self.issuers)
         # As far back as this server's history reaches: one that starts fills its own from the
         # stream. But not past what we have read, see _find_floor().
-        floor = min((kept >> _COUNTER_BITS, (kept & _COUNTER) >> _INDEX_BITS), self.cursor)
+        floor = min(kept & ~_COUNTER | (kept & _COUNTER) >> _INDEX_BITS, self.cursor)
         about = {
             "id": self.id.decode(), "host": platform.node(), "version": __version__,
             "connections": connections, "since": self.began, "gone": self.leaving,
-            "floor": "{}-{}".format(*floor)}
+            "floor": encode_id(floor)}
         return self._make_entry(b"heartbeat", about)
 
     def _make_entry(self, kind: bytes, value: Any) -> Outgoing:
@@ -3444,8 +3443,7 @@ class RedisLog(Log):
     def _find_floor(self) -> str:
         # The stream is cut in front of the lowest floor of all servers that live. That of each is
         # at most its own cursor: nothing is cut that one of them has not read.
-        floors = [_parse_entry_id(about["floor"].encode()) for about in self._living()]
-        return "{}-{}".format(*min(floors, default=(0, 0)))
+        return encode_id(min((decode_id(about["floor"]) for about in self._living()), default=0))
 
     def _living(self) -> list[dict[str, Any]]:
         # Silence counts only up to the time to which we have read the log. After a break, or where
@@ -3458,9 +3456,9 @@ class RedisLog(Log):
     def _read_forever(self, connection: Any) -> None:
         if not self.ready.is_set():
             self._look_at_server(connection)
-        if self.cursor != (0, 0):  # if the last entry that we read is gone, so may be later ones
+        if self.cursor:  # if the last entry that we read is gone, so may be later ones
             oldest = self._execute(connection, ("XRANGE", self.key, "-", "+", "COUNT", 1))
-            self.cut |= not oldest or _parse_entry_id(oldest[0][0]) > self.cursor
+            self.cut |= not oldest or decode_id(oldest[0][0].decode()) > self.cursor
         breaks, count = self.breaks, 10
         while breaks == self.breaks and not self.closing.is_set():
             # BLOCK is in milliseconds. It answers after a second at most, so that silence of
@@ -3468,7 +3466,7 @@ class RedisLog(Log):
             asked = time.monotonic()
             answer = self._execute(connection, (
                 "XREAD", "COUNT", count, "BLOCK", 200 * _UNAVAILABLE_TIME, "STREAMS", self.key,
-                "{}-{}".format(*self.cursor)))
+                encode_id(self.cursor)))
             entries = answer[0][1] if answer else []
             size = self._receive(entries)
             if len(entries) < count:
@@ -3497,9 +3495,9 @@ class RedisLog(Log):
         touched: dict[Connection, Any] = {}
         size = written = 0
         for text, fields in entries:
-            cursor = _parse_entry_id(text)
-            first = cursor[0] << _COUNTER_BITS | cursor[1] << _INDEX_BITS  # its first message's id
-            if self.cursor == (0, 0):  # the first entry: what was before it is not known here
+            cursor = decode_id(text.decode())  # its own; `first` is its first message's
+            first = cursor & ~_COUNTER | (cursor & _COUNTER) << _INDEX_BITS
+            if not self.cursor:  # the first entry: what was before it is not known here
                 self.first = first
                 self.history.floor = self.position = _before(first)
             size += sum(map(len, fields))
@@ -5901,8 +5899,8 @@ class Client:
         # no request when a replay brings them (again). It is not one id for all channels, because
         # the channels of step 2 are replayed one after the other, each from the old position on.
         # For channels that are not in here, _all_acknowledged counts.
-        self._acknowledged: dict[str, tuple[int, int]] = {}
-        self._all_acknowledged = (0, 0)
+        self._acknowledged: dict[str, int] = {}
+        self._all_acknowledged = 0
         # False on a new connection, where something is unanswered, to the end of step 4: meanwhile
         # requests are not sent at once.
         self._caught_up = True
@@ -6375,7 +6373,7 @@ class Client:
         if message.id:
             self._move_to(message.id)
             if message.issuer in self._issuers:  # of ours: that it is here is an acknowledgement
-                if _as_numbers(message.id) > self._acknowledged.get(
+                if decode_id(message.id) > self._acknowledged.get(
                         message.channel, self._all_acknowledged):
                     self._acknowledge(message.channel, message.id)
                     # What was sent on this connection is left out: the server answers it by its
@@ -6411,19 +6409,19 @@ class Client:
             self._changed.notify_all()
 
     def _move_to(self, id: str) -> None:
-        self._position = max(self._position, id, key=_as_numbers)
+        self._position = max(self._position, id, key=decode_id)  # as text, "9-0" is above "10-0"
         if self._behind is not None:
-            self._behind = max(self._behind, id, key=_as_numbers)
+            self._behind = max(self._behind, id, key=decode_id)
 
     def _acknowledge(self, channel: str, id: str) -> None:
         known = self._acknowledged
-        known[channel] = max(known.get(channel, self._all_acknowledged), _as_numbers(id))
+        known[channel] = max(known.get(channel, self._all_acknowledged), decode_id(id))
         if not len(known) % _MOST_CHANNELS and not self._unchecked:
             # The server tells us of a message of ours before it sends us a higher id. So all up to
             # the position are answered (unless step 2 still looks for some of them, see
             # _unchecked), and channels with no higher one need no entry. Only at each thousandth
             # entry, since this walks through all of them.
-            self._all_acknowledged = position = _as_numbers(self._position)
+            self._all_acknowledged = position = decode_id(self._position)
             self._acknowledged = {name: highest for name, highest in known.items()
                                   if highest > position}
 
@@ -6458,12 +6456,6 @@ class Client:
 
 def _given(**options: Any) -> dict[str, Any]:
     return {name: value for name, value in options.items() if value is not None}
-
-
-def _as_numbers(id: str) -> tuple[int, int]:
-    # To compare ids: as text, "9-0" would be above "10-0". No id ("") is below all.
-    milliseconds, _, counter = id.partition("-")
-    return int(milliseconds or 0), int(counter or 0)
 
 
 def _send_aside(call: Callable[..., None], *arguments: Any) -> threading.Thread:
@@ -7335,7 +7327,7 @@ def _subscribe(arguments: argparse.Namespace) -> int:
 
 
 def _history(arguments: argparse.Namespace) -> int:
-    def ask(**past: Any) -> tuple[list[Message], tuple[int, int], bool]:
+    def ask(**past: Any) -> tuple[list[Message], int, bool]:
         token = arguments.token or _new_token(arguments.channels)
         try:
             status, value = _get(arguments, "api/history", token=token,
@@ -7344,7 +7336,7 @@ def _history(arguments: argparse.Namespace) -> int:
                 raise Unauthorized(status, str(value["reason"]))
             return ([Message(*(message.get(name, "") for name in Message._fields))
                      for message in value["messages"]],
-                    _as_numbers(value["id"]), value["complete"])
+                    decode_id(value["id"]), value["complete"])
         except OSError:  # first: a certificate that is refused is a ValueError, too
             raise
         except (http.client.HTTPException, *_NO_PHILOTE):
@@ -7377,7 +7369,7 @@ def _history(arguments: argparse.Namespace) -> int:
             found = []
         if at_end:
             return 0
-        past = {"since": "%d-%d" % position}
+        past = {"since": encode_id(position)}
 
 
 def _last_of_each(messages: Sequence[Message], count: int) -> list[Message]:

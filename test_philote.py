@@ -4876,7 +4876,7 @@ def test_an_entry_that_lifts_is_written_though_others_have_come_above_it(store):
     server = philote.RedisLog(philote.Settings(redis_url=store.url))
     connection = server.connect()
     for _ in range(2):
-        server._lift(connection, (1, 0))  # internal
+        server._lift(connection, 1 << 64)  # internal
     connection.disconnect()
     entries = store.do("XRANGE", "philote", "-", "+")
     assert entries[0][0] == b"1-1" and len(entries) == 2
