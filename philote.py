@@ -4242,15 +4242,13 @@ class Response(NamedTuple):
     headers: Mapping[str, str] = {}
     subscriber: Subscriber | None = None
 
-    def encode(self, whole: bool = True, head_only: bool = False) -> bytes:
-        """Encode it; one that is not `whole` has no length: more follows, or another protocol.
-
-        The answer to HEAD, `head_only`, tells the length of the body that GET would bring.
-        """
+    def encode(self, head_only: bool = False) -> bytes:
+        """Encode it. The answer to HEAD, `head_only`, tells the length of the body of GET."""
         lines = [f"HTTP/1.1 {self.status} {http.HTTPStatus(self.status).phrase}"]
         if self.status != 101:
             lines.append(f"Date: {email.utils.formatdate(usegmt=True)}")
-        if whole and self.status not in (204, 304):  # these have no body, so no length of one
+        # With these there is no body, so no length of one; what a subscriber is sent has no end.
+        if not self.subscriber and self.status not in (100, 204, 304):
             lines.append(f"Content-Length: {len(self.body)}")
         lines += [f"{name}: {value}" for name, value in self.headers.items()]
         head = "\r\n".join([*lines, "", ""]).encode("latin-1")
@@ -4497,7 +4495,7 @@ class HTTPHandler:
         if len(length) > 18 or int(length) > limit:
             raise HTTPError(413, f"the body may have {limit} bytes", "too_large")
         if request.version == "1.1" and "100-continue" in request.tokens("expect"):
-            self.connection.put(Response(100).encode(whole=False))
+            self.connection.put(Response(100).encode())
         size = int(length)
         body = bytearray(self.buffer)
         self._move(READING)  # the deadline holds for the body, too
@@ -4605,7 +4603,6 @@ class HTTPHandler:
             # Upgrade is for one hop only, which Connection has to say (RFC 9110, section 7.8).
             headers["Connection"] = "Upgrade, close" if "Upgrade" in headers else "close"
         self.connection.put(response._replace(headers=headers).encode(
-            whole=not response.subscriber,
             head_only=request is not None and request.method == "HEAD"))
         self.connection.flush()
         return going_on
@@ -4615,7 +4612,7 @@ class HTTPHandler:
         # find it among the subscribed.
         self.server.admission.subscribe(self.connection)
         headers = {**response.headers, **self.cors}
-        self._move(SUBSCRIBED, response._replace(headers=headers).encode(whole=False), subscriber)
+        self._move(SUBSCRIBED, response._replace(headers=headers).encode(), subscriber)
         return subscriber
 
 
