@@ -4563,22 +4563,20 @@ class HTTPHandler:
         # request of another site's page (CORS). To HEAD the endpoint answers as to GET.
         if request.wants_upgrade:
             check_upgrade(request)
-            methods = {"GET": UPGRADE}
-        elif request.path in ENDPOINTS:
-            methods = ENDPOINTS[request.path]
-        else:
+        elif request.path not in ENDPOINTS:
             raise HTTPError(404, "there is nothing here")
+        endpoint = UPGRADE if request.wants_upgrade else ENDPOINTS[request.path]
         origin = check_origin(self.server.settings, request)
         if origin and not request.wants_upgrade:
             self.cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-        allowed = ", ".join(sorted({*methods, "OPTIONS", *(["HEAD"] if "GET" in methods else [])}))
+        methods = {endpoint.method, "OPTIONS", *["HEAD"] * (endpoint.method == "GET")}
+        allowed = ", ".join(sorted(methods))
         if request.method == "OPTIONS":
             return Response(204, b"", {
                 "Allow": allowed, "Access-Control-Allow-Methods": allowed,
                 "Access-Control-Allow-Headers": "Authorization, Content-Type, Last-Event-ID",
                 "Access-Control-Max-Age": "600"})
-        endpoint = methods.get("GET" if request.method == "HEAD" else request.method)
-        if endpoint is None:
+        if request.method not in methods:
             raise HTTPError(405, f"the methods here are {allowed}", headers={"Allow": allowed})
         if endpoint.right:
             request.key = authorize(self, request)
@@ -4618,9 +4616,9 @@ class HTTPHandler:
 
 # ---------------------------------------------------------------------------------------- endpoints
 # First what finds out who asks, then functions from a request to a response, the endpoints. The
-# table ENDPOINTS at the end says which of them a path and a method lead to, and what token that
-# takes; HTTPHandler._answer() checks the token, then calls the endpoint. Endpoints read a body and
-# publish through the handler, and raise HTTPError.
+# table ENDPOINTS at the end says which of them a path leads to, and what method and token it takes;
+# HTTPHandler._answer() checks these, then calls the endpoint. Endpoints read a body and publish
+# through the handler, and raise HTTPError.
 
 MAX_MESSAGES = 10_000  # in the list of one request
 _UNIX_PEER = "unix"  # stands for the address of whoever comes over a Unix socket
@@ -4925,6 +4923,7 @@ def _make_console(is_open: bool, claim: str) -> tuple[bytes, str]:
 class Endpoint(NamedTuple):
     """A function from a request to a response, and what it asks of the request."""
 
+    method: str
     answer: Callable[[HTTPHandler, Request], Response]
     right: str = ""  # "" for anybody, "token" for any good token, "api" for one with the claim api
     parameters: tuple[str, ...] = ()  # of the query, beside `auth`
@@ -4937,17 +4936,17 @@ class Endpoint(NamedTuple):
                 raise HTTPError(400, f"there is no parameter {_shown(name)}, only {known}")
 
 
-UPGRADE = Endpoint(open_websocket, "token")
-ENDPOINTS: dict[str, dict[str, Endpoint]] = {
-    "/": {"GET": Endpoint(show_console)},
-    "/philote.js": {"GET": Endpoint(tell_script)},
-    "/api/publish": {"POST": Endpoint(publish, "token")},
-    "/api/events": {"GET": Endpoint(follow_events, "token", ("channel", "since", "last"))},
-    "/api/history": {"GET": Endpoint(tell_history, "token", ("channel", "since", "last"))},
-    "/api/connections": {"DELETE": Endpoint(end_connections, "api", ("user", "issuer"))},
-    "/api/info": {"GET": Endpoint(tell_info, "api")},
-    "/metrics": {"GET": Endpoint(tell_metrics, "api")},
-    "/health": {"GET": Endpoint(tell_health)},
+UPGRADE = Endpoint("GET", open_websocket, "token")
+ENDPOINTS = {
+    "/": Endpoint("GET", show_console),
+    "/philote.js": Endpoint("GET", tell_script),
+    "/api/publish": Endpoint("POST", publish, "token"),
+    "/api/events": Endpoint("GET", follow_events, "token", ("channel", "since", "last")),
+    "/api/history": Endpoint("GET", tell_history, "token", ("channel", "since", "last")),
+    "/api/connections": Endpoint("DELETE", end_connections, "api", ("user", "issuer")),
+    "/api/info": Endpoint("GET", tell_info, "api"),
+    "/metrics": Endpoint("GET", tell_metrics, "api"),
+    "/health": Endpoint("GET", tell_health),
 }
 
 
