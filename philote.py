@@ -3834,7 +3834,8 @@ class Subscriber:
         if self.end(CloseReason.POLICY_VIOLATION, "slow consumer", discard=True):
             log.warning("%s: %s slow consumer, disconnected with more than %d bytes queued",
                         self.connection.address, self.id, self.server.settings.max_queue_size)
-            self.server.metrics.count("slow_consumers")
+            with self.server.admission.lock:
+                self.server.admission.gone["slow_consumers"] += 1
 
 
 _PONGS = 16  # pings of one read that are answered one by one; of more, the last (RFC 6455, 5.5.3)
@@ -4983,7 +4984,8 @@ class Admission:
         # All others, by address, the oldest first; they are counted against max_pending.
         self.pending: dict[str, dict[Connection, None]] = {}
         self.pending_count = 0
-        # What connections that are gone have counted; and of all, how many were ever subscribed.
+        # What connections that are gone have counted; and of all, how many were ever subscribed,
+        # and how many were cut for not reading.
         self.gone: collections.Counter[str] = collections.Counter()
 
     def admit(self, connection: Connection) -> None:
@@ -5094,7 +5096,7 @@ def _add_counters(connection: Connection, totals: collections.Counter[str]) -> N
 
 
 class Metrics:
-    """What the server counts: each connection for itself, and here what no connection does.
+    """What the server counts: each connection for itself, and refusals here.
 
     If all threads added to the same counters, they would need a lock, for each message. So they
     are added up when somebody asks; what a thread is counting just then may not be in it yet.
@@ -5126,14 +5128,8 @@ class Metrics:
     def __init__(self, admission: Admission, log: Log) -> None:
         self.admission = admission
         self.log = log
-        self.lock = threading.Lock()  # guards the next two
-        self.events: collections.Counter[str] = collections.Counter()
+        self.lock = threading.Lock()  # guards refusals
         self.refusals: collections.Counter[str] = collections.Counter()  # requests, by code
-
-    def count(self, name: str) -> None:
-        """Count something that no connection counts for itself."""
-        with self.lock:
-            self.events[name] += 1
 
     def refuse(self, code: str) -> None:
         """Count a refused request."""
@@ -5145,8 +5141,7 @@ class Metrics:
         totals = self.admission.totals()
         totals.update(self.log.totals())
         totals["log_lines_lost"] = BackgroundHandler.lost
-        with self.lock:
-            return totals + self.events  # drops what is 0, which a Counter gives all the same
+        return totals
 
     def render(self) -> str:
         """Describe it in Prometheus' text format, version 0.0.4."""

@@ -1885,8 +1885,7 @@ LOCKED = {
         lambda s, c, w: s.admission.remove(c), lambda s, c, w: s.admission.connections(),
         lambda s, c, w: s.admission.totals(), lambda s, c, w: s.stop()]),
     "metrics": (lambda s, c, w: s.metrics.lock, [
-        lambda s, c, w: s.metrics.count("x"), lambda s, c, w: s.metrics.refuse("x"),
-        lambda s, c, w: s.metrics.totals(), lambda s, c, w: s.metrics.render()]),
+        lambda s, c, w: s.metrics.refuse("x"), lambda s, c, w: s.metrics.render()]),
     "log limit": (lambda s, c, w: s.log_limit.lock, [lambda s, c, w: s.log_limit.may_log("x")])}
 
 
