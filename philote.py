@@ -1634,7 +1634,8 @@ class Connection:
             # come before this one in the order of locks; and then this one, in finish().
             if overflow:
                 handler = self.handler
-                handler.on_overflow() if handler else self.abort()
+                # An HTTP client that reads no answers is cut off.
+                handler.on_overflow() if isinstance(handler, Subscriber) else self.abort()
 
     def move(self, to: State, head: bytes = b"", handler: Subscriber | None = None) -> bool:
         """Change the state; False where it is too late.
@@ -4407,10 +4408,6 @@ class HTTPHandler:
         if begun:
             self.server.refuse(self.connection.address, late)
         return None
-
-    def on_overflow(self) -> None:
-        """Cut off a client that reads no answers."""
-        self.connection.abort()
 
     # Its own thread
 
