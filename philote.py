@@ -6517,7 +6517,10 @@ class _Link:
         # so further pings need no thread. In a flood of them there are two at most: one that waits
         # until the server reads, and one behind it.
         self.ponging = threading.Lock()
-        self.sock = _ClientSocket(_connect_to(url))
+        context = ssl.create_default_context() if url.scheme == "wss" else None
+        sock = _dial(url)
+        self.sock = _ClientSocket(
+            TLSTransport(sock, context, url.hostname) if context else Transport(sock))
         # Messages, to the end of the connection. A generator: it reads while somebody asks for the
         # next. Raises OSError, ProtocolError.
         self.texts = self._read_texts()
@@ -6615,10 +6618,11 @@ class _Link:
         self.sock.abort()
 
 
-def _dial(url: urllib.parse.SplitResult, port: int) -> socket.socket:
+def _dial(url: urllib.parse.SplitResult) -> socket.socket:
     if url.scheme != _WS_UNIX:
+        port = url.port or (443 if url.scheme == "wss" else 80)
         try:
-            return socket.create_connection((url.hostname, url.port or port), _ANSWER_TIME)
+            return socket.create_connection((url.hostname, port), _ANSWER_TIME)
         except UnicodeError:
             raise PhiloteError(f"{url.hostname!r} cannot be the name of a host") from None
     sock = socket.socket(socket.AF_UNIX)
@@ -6629,13 +6633,6 @@ def _dial(url: urllib.parse.SplitResult, port: int) -> socket.socket:
         sock.close()
         raise
     return sock
-
-
-def _connect_to(url: urllib.parse.SplitResult) -> Transport:
-    if url.scheme != "wss":
-        return Transport(_dial(url, 80))
-    context = ssl.create_default_context()
-    return TLSTransport(_dial(url, 443), context, url.hostname)
 
 
 class _ClientSocket:
@@ -7194,7 +7191,7 @@ def _get(arguments: argparse.Namespace, name: str, most: int | None = None, toke
     connection = kind(url.hostname or "localhost", url.port, timeout=_ANSWER_TIME)
     with contextlib.closing(connection):
         if url.scheme == _WS_UNIX:
-            connection.sock = _dial(url, 0)
+            connection.sock = _dial(url)
         # As a browser finds it: a proxy may have the server below a path, ws://host/chat/ (without
         # the last slash, its last part is replaced, as in the links of a page).
         path = urllib.parse.urljoin(_path_of(url), name)
