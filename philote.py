@@ -4583,7 +4583,11 @@ class HTTPHandler:
             if endpoint.right == "api" and not request.key.api:
                 raise HTTPError(403, "the token's claim api must be true")
         if request.path.startswith("/api/") and not request.wants_upgrade:
-            endpoint.check_parameters(request)
+            known = [*endpoint.parameters, "auth"]
+            for name in request.query:
+                if name not in known:  # most likely it is a mistake
+                    raise HTTPError(400, f"there is no parameter {_shown(name)}, "
+                                    f"only {', '.join(known)}")
         return endpoint.answer(self, request)
 
     def _respond(self, request: Request | None, response: Response) -> bool:
@@ -4924,14 +4928,7 @@ class Endpoint(NamedTuple):
     method: str
     answer: Callable[[HTTPHandler, Request], Response]
     right: str = ""  # "" for anybody, "token" for any good token, "api" for one with the claim api
-    parameters: tuple[str, ...] = ()  # of the query, beside `auth`
-
-    def check_parameters(self, request: Request) -> None:
-        """Refuse a parameter that has no meaning here: most likely it is a mistake."""
-        for name in request.query:
-            if name not in self.parameters and name != "auth":
-                known = ", ".join([*self.parameters, "auth"])
-                raise HTTPError(400, f"there is no parameter {_shown(name)}, only {known}")
+    parameters: tuple[str, ...] = ()  # of the query, beside `auth`; others are refused
 
 
 UPGRADE = Endpoint("GET", open_websocket, "token")
