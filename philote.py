@@ -992,11 +992,6 @@ def encode_answer(value: Mapping[str, Any], ref: str | None = None) -> bytes:
     return encode_frame(Opcode.TEXT, text.encode())
 
 
-def encode_close(code: int, reason: str) -> bytes:
-    """Encode a close frame; the reason is ASCII of at most 123 bytes (RFC 6455, section 5.5.1)."""
-    return encode_frame(Opcode.CLOSE, struct.pack("!H", code) + reason.encode())
-
-
 def unmask(mask: bytes, payload: bytes) -> bytes:
     """Apply a masking key of 4 bytes (RFC 6455, section 5.3)."""
     size = len(payload)
@@ -4058,7 +4053,7 @@ class WebSocket(Subscriber):
             return heard + interval
         if self.pinged <= heard:
             self.pinged = now
-            self.put_uncounted(_PING)
+            self.put_uncounted(encode_frame(Opcode.PING, b""))
             connection.flush()
         if now < self.pinged + interval:
             return self.pinged + interval
@@ -4085,11 +4080,8 @@ class WebSocket(Subscriber):
         return encode_answer({"gap": {"id": encode_id(position)}})
 
     def encode_end(self, code: int, reason: str) -> bytes:
-        """Encode a close frame."""
-        return encode_close(code, reason)
-
-
-_PING = encode_frame(Opcode.PING, b"")
+        """Encode a close frame; the reason is ASCII of at most 123 bytes (RFC 6455, 5.5.1)."""
+        return encode_frame(Opcode.CLOSE, struct.pack("!H", code) + reason.encode())
 
 
 class _ServerWebSocket(simple_websocket.Server):  # type: ignore[misc]
