@@ -1563,9 +1563,9 @@ class Connection:
 
     __slots__ = (
         "number", "server", "transport", "peer", "address", "lock", "state", "handler", "pending",
-        "unsent", "size", "sent", "full", "written", "overflowed", "patience", "cut_at",
-        "forgotten", "busy", "last_received", "rate", "credit", "received", "published",
-        "bytes_received", "bad_message", "forbidden", "too_many")
+        "unsent", "size", "sent", "full", "written", "patience", "cut_at", "forgotten", "busy",
+        "last_received", "rate", "credit", "received", "published", "bytes_received",
+        "bad_message", "forbidden", "too_many")
 
     def __init__(self, server: Server, sock: socket.socket, address: str) -> None:
         self.number = next(server.numbers)
@@ -1589,7 +1589,6 @@ class Connection:
         self.sent = 0  # bytes written so far
         self.full = False  # the socket took no more: the poller waits for it, or is about to
         self.written: threading.Event | None = None  # set when nothing waits, see catch_up()
-        self.overflowed = False  # more than the limit has waited
         # Of the monotonic clock: when a connection that is closing is cut off; and until when it is
         # spared while its peer has not taken its last bytes.
         self.cut_at = self.patience = 0.0
@@ -1841,7 +1840,7 @@ class Connection:
         return True
 
     def _write(self) -> bool:
-        # Returns True once: when more than the limit has come to wait.
+        # Returns whether more than the limit has come to wait.
         try:
             if self.unsent or self.state is not SUBSCRIBED:
                 self._take()
@@ -1863,12 +1862,8 @@ class Connection:
             self._give_up()
         # The first entry does not count, however large it is: it may be one message, or all that
         # was pending.
-        if (self.overflowed or self.state in (CLOSING, CLOSED) or not self.unsent
-                or self.size - len(self.unsent[0]) - _OVERHEAD
-                <= self.server.settings.max_queue_size):
-            return False
-        self.overflowed = True
-        return True
+        return self.state not in (CLOSING, CLOSED) and bool(self.unsent) and (
+            self.size - len(self.unsent[0]) - _OVERHEAD > self.server.settings.max_queue_size)
 
     def _take(self) -> None:
         # Of a connection that is closing, what is still put in is dropped: whoever put it there, as
