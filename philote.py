@@ -1563,7 +1563,7 @@ class Connection:
 
     __slots__ = (
         "number", "server", "transport", "peer", "address", "lock", "state", "handler", "pending",
-        "unsent", "size", "sent", "full", "written", "patience", "cut_at", "forgotten", "busy",
+        "unsent", "size", "sent", "full", "written", "patience", "cut_at", "busy",
         "last_received", "rate", "credit", "received", "published", "bytes_received",
         "bad_message", "forbidden", "too_many")
 
@@ -1592,7 +1592,6 @@ class Connection:
         # Of the monotonic clock: when a connection that is closing is cut off; and until when it is
         # spared while its peer has not taken its last bytes.
         self.cut_at = self.patience = 0.0
-        self.forgotten = False  # no deadline any more; guarded by the poller's lock
         # Its own thread's.
         self.busy = True  # whether its thread is at work, and not waiting for bytes
         self.last_received = time.monotonic()
@@ -1991,7 +1990,7 @@ class Poller(threading.Thread):
     def __init__(self, on_failure: Callable[[BaseException], None]) -> None:
         super().__init__(name="philote-poller", daemon=True)
         self.on_failure = on_failure
-        self.lock = threading.Lock()  # guards the next three, and Connection.forgotten
+        self.lock = threading.Lock()  # guards the next three
         self.requests: list[Connection] = []  # to be watched or closed
         # A heap of (due, number of a connection); void where `deadlines` has another `due`.
         self.timers: list[tuple[float, int]] = []
@@ -2026,7 +2025,7 @@ class Poller(threading.Thread):
         with self.lock:
             number = connection.number
             asked = self.deadlines[number][0] if number in self.deadlines else math.inf
-            if connection.forgotten or asked <= due:
+            if connection.state is CLOSED or asked <= due:
                 return
             first = not self.timers or due < self.timers[0][0]
             self.deadlines[number] = (due, connection)
@@ -2035,9 +2034,8 @@ class Poller(threading.Thread):
             self._wake()
 
     def forget(self, connection: Connection) -> None:
-        """Let a connection have no deadline any more."""
+        """Let a connection that is CLOSED have no deadline any more; call_at() gives it none."""
         with self.lock:
-            connection.forgotten = True
             self.deadlines.pop(connection.number, None)
             if len(self.timers) > 2 * len(self.deadlines) + 64:  # most are void by now
                 self.timers = [(due, number) for number, (due, _) in self.deadlines.items()]

@@ -1712,7 +1712,7 @@ def unserved():
 class Due:
     """Something for the poller to call: it notes when, and asks for the next times."""
 
-    forgotten = aborted = False
+    state, aborted = philote.READING, False
 
     def __init__(self, number, *again):
         self.number, self.again, self.calls = number, list(again), []
@@ -1747,6 +1747,7 @@ def test_the_poller_holds_nothing_of_connections_that_are_gone(unserved):
     for number in range(1000):
         connection = Due(number)
         poller.call_at(connection, 1e9)
+        connection.state = philote.CLOSED
         poller.forget(connection)
         poller.call_at(connection, 1e9)  # as a thread does that has not seen the end
     assert not poller.deadlines and len(poller.timers) < 100
@@ -3599,7 +3600,8 @@ def test_an_end_lets_go_of_the_interpreters_lock_once(server, monkeypatch):
 
 
 def test_deadlines_close_to_each_other_wake_the_poller_once():
-    connection = SimpleNamespace(number=1, forgotten=False, on_deadline=lambda now: now + 0.001)
+    connection = SimpleNamespace(
+        number=1, state=philote.READING, on_deadline=lambda now: now + 0.001)
     poller, rounds = philote.Poller(None), []
     poller._serve_requests = lambda: rounds.append(time.monotonic())
     poller.start()
