@@ -1630,17 +1630,16 @@ class Connection:
                 # An HTTP client that reads no answers is cut off.
                 handler.on_overflow() if isinstance(handler, Subscriber) else self.abort()
 
-    def move(self, to: State, head: bytes = b"", handler: Subscriber | None = None) -> bool:
-        """Change the state; False where it is too late.
+    def move(self, to: State, head: bytes = b"", handler: Subscriber | None = None) -> None:
+        """Change the state. Raises ConnectionError where it is too late.
 
         In the same moment `head` is queued, and the connection becomes its handler's.
         """
         with self.lock:
             if not self._move(to):
-                return False
+                raise ConnectionError("the connection was ended meanwhile")
             self.put(head)
             self.handler = handler or self.handler
-            return True
 
     def finish(self, last: bytes = b"", only: State | None = None, discard: bool = False,
                patience: float = 0.0) -> bool:
@@ -4413,9 +4412,9 @@ class HTTPHandler:
                 self.server.refuse(self.connection.address, error)
                 response = error.response()
                 # Refused before it was whole. From here on, the deadline puts no 408 behind this
-                # answer; and where it was faster, _move() raises.
+                # answer; and where it was faster, move() raises.
                 if self.connection.state is READING:
-                    self._move(ANSWERING)
+                    self.connection.move(ANSWERING)
             if not self._respond(request, response):
                 return None
             if gathering:  # behind the first answer
@@ -4426,11 +4425,7 @@ class HTTPHandler:
             # Before the state, which on_deadline() looks at first: else it would hold the deadline
             # of this request against the next.
             self.deadline = time.monotonic() + self.timeout
-            self._move(READING)
-
-    def _move(self, to: State, head: bytes = b"", handler: Subscriber | None = None) -> None:
-        if not self.connection.move(to, head, handler):
-            raise ConnectionError("the connection was ended meanwhile")
+            self.connection.move(READING)
 
     def _read_request(self) -> Request | None:
         while True:
@@ -4453,7 +4448,7 @@ class HTTPHandler:
             if not (data := self.connection.read(4096, look_first=not self.begun)):
                 return None
             self.buffer += data
-        self._move(ANSWERING)
+        self.connection.move(ANSWERING)
         self.buffer = rest
         self.charge = 10 + len(head) / 100  # until it shows a good token; 1 is 0.1 ms of work
         request = decode_request(head)
@@ -4481,13 +4476,13 @@ class HTTPHandler:
             self.connection.put(Response(100).encode())
         size = int(length)
         body = bytearray(self.buffer)
-        self._move(READING)  # the deadline holds for the body, too
+        self.connection.move(READING)  # the deadline holds for the body, too
         while len(body) < size:
             self.connection.flush()
             if not (data := self.connection.read(_FULL_READ)):
                 raise ConnectionError("the body has not come")
             body += data
-        self._move(ANSWERING)
+        self.connection.move(ANSWERING)
         self.buffer, self.unread = bytes(body[size:]), False
         return bytes(body[:size])
 
@@ -4597,7 +4592,8 @@ class HTTPHandler:
         # find it among the subscribed.
         self.server.admission.subscribe(self.connection)
         headers = {**response.headers, **self.cors}
-        self._move(SUBSCRIBED, response._replace(headers=headers).encode(), subscriber)
+        head = response._replace(headers=headers).encode()
+        self.connection.move(SUBSCRIBED, head, subscriber)
         return subscriber
 
 

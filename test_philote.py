@@ -1866,7 +1866,7 @@ def nothing(*_):
 
 LOCKED = {
     "connection": (lambda s, c, w: c.lock, [
-        lambda s, c, w: c.move(philote.SUBSCRIBED), lambda s, c, w: c.finish(b"x"),
+        lambda s, c, w: c.move(philote.ANSWERING), lambda s, c, w: c.finish(b"x"),
         lambda s, c, w: c.abort(), lambda s, c, w: c.evict(), lambda s, c, w: c.resume(),
         lambda s, c, w: c.close(), lambda s, c, w: s.poller._watch(c)]),
     "poller": (lambda s, c, w: s.poller.lock, [
