@@ -951,6 +951,7 @@ def _quoted(text: str) -> str:
 
 # Our own close codes (section 7.4.2): the token expired; an operator ended the connection.
 EXPIRED, ENDED = 4401, 4403
+_WHOLE_TEXT, _WHOLE_CLOSE = 0x80 | Opcode.TEXT, 0x80 | Opcode.CLOSE  # first bytes of frames
 _XOR = [bytes(a ^ b for a in range(256)) for b in range(256)]  # _XOR[b][a], for bytes.translate()
 
 
@@ -1090,13 +1091,13 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
             while len(buffer) < at:
                 buffer += yield None
             data, buffer = bytes(buffer), bytearray()
-        if first == 0x80 | Opcode.CLOSE:
+        if first == _WHOLE_CLOSE:
             yield data[start:at]
             continue
         payload = unmask(data[body - 4:body], data[body:at])
         if first & 8:
             yield Frame(first & 15, payload)
-        elif first == 0x80 | Opcode.TEXT and not fragments.opcode:
+        elif first == _WHOLE_TEXT and not fragments.opcode:
             yield _decode(payload)
         else:
             yield fragments.add(first, payload)
