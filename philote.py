@@ -527,7 +527,7 @@ class _PreparedHMAC(jwt.algorithms.HMACAlgorithm):
 class _Secret(jwt.PyJWK):
     """A secret for one algorithm. Raises SettingsError for a public key, a certificate or a JWK.
 
-    Where PyJWT is given bare bytes it looks for these at each token, for half of all its time. A
+    Where PyJWT is given bare bytes it looks for these at each token, for a third of its time. A
     PyJWK brings the algorithm that prepares its key: here one that does not look again. Of a PyJWK
     this has only the three attributes that PyJWT reads; there is no JWK.
     """
@@ -3711,7 +3711,8 @@ class Subscriber:
         if gathering and not self.past.is_empty():  # which may take long
             gathering.disperse()
             gathering = None
-        # The head of the answer is queued by now, so nothing of the channels can come before it.
+        # The head of the answer is queued by now, so nothing of the channels can come before it. It
+        # is written behind the join: who has read it gets all that is published from then on.
         if self.past.resumable:
             self.follow(self.channels, self.past, self.encode_beginning, lambda *_: b"")
         else:
@@ -5214,8 +5215,7 @@ class Server(socketserver.ThreadingTCPServer):
     It listens from the start, with REDIS_URL once it has read the log; newcomers wait in the
     system's queue until the block begins. With a `listener`, a socket that listens already, it
     serves on that. `is_over` ends the wait for a Redis that is not there yet, once it returns true.
-    `server_address` holds the port that it got for port 0. `failure` says why it cannot go on, once
-    that is so.
+    `failure` says why it cannot go on, once that is so.
 
     Raises OSError where it cannot listen; SettingsError where it cannot use what the settings name;
     ImportError or PhiloteError where a package that they need is missing; PhiloteError where Redis
@@ -5304,7 +5304,7 @@ class Server(socketserver.ThreadingTCPServer):
 
     @property
     def port(self) -> int | None:
-        """The port of TCP that it listens on."""
+        """The port of TCP that it listens on, also for port 0."""
         return None if isinstance(self.server_address, (str, bytes)) else self.server_address[1]
 
     @property
