@@ -1053,7 +1053,7 @@ def _decode(text: bytes) -> str:
         raise FrameError(CloseReason.INVALID_FRAME_PAYLOAD_DATA, "text not UTF-8") from None
 
 
-def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, bytes, None]:
+def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, bytes, NoReturn]:
     """Take a client's bytes apart; a coroutine without any input or output of its own.
 
     It yields a str for a text message, a Frame for any other frame that is in order, bytes for
@@ -1078,10 +1078,11 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
         if size >= 126:
             size = int.from_bytes(data[at + 2:body - 4], "big")
         # What follows a broken frame cannot be understood: all of it is the library's, which ends
-        # the connection for what this head says, and asks for no more.
+        # the connection for what this head says. If it asks for more, that is the end.
         if not _is_well_formed(first, second, size):
             yield data[at:]
-            return
+            while True:
+                yield b""
         if not first & 8 and len(fragments.payload) + size > max_message_size:
             raise FrameError(CloseReason.MESSAGE_TOO_BIG, "message too big")
         start, at = at, body + size  # from here on, the frame is data[start:at]
