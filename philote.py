@@ -5683,25 +5683,26 @@ def _tell_error(error: Exception) -> str:
 #
 #     1. A server does not send a connection its own messages. But the new connection is another one
 #        to it, so the replay holds what we published on the old ones; each such message answers
-#        the request that it was sent by.
-#     2. A replay brings only channels that are joined. Those that we only publish to are joined for
-#        this, one by one, each with a replay (ref _CHECK), and left again after step 3.
-#     3. The server answers subscriptions in order. One that leaves nothing (ref _CAUGHT_UP) it
-#        answers when all that any server had read of us is in the log, and was sent to us.
+#        the request that it was sent by. What was not in the log yet comes behind the replay: the
+#        answer to an unsubscription of nothing shows that all is there that any server had read.
+#     2. A replay brings only channels that are joined. Those that we only publish to are then
+#        joined, one by one, each with a replay, and left again.
+#     3. The server answers subscriptions in order. The last of these has the ref _CAUGHT_UP, the
+#        others _CHECK. So with that answer, all replays have been read.
 #     4. What is still unanswered is sent again, in order; meanwhile new requests wait behind it.
 #
 # For a client that had published "hello" to the channel logs, and follows news:
 #
 #     server -> client   {"connected": {"id": "7-0", ...}}, and the replay of news after id 7-0
+#     client -> server   {"unsubscribe": [], "ref": "check"}
 #     client -> server   {"subscribe": ["logs"], "since": "7-0", "ref": "check"}
-#     client -> server   {"unsubscribe": [], "ref": "caught up"}
-#     client -> server   {"unsubscribe": ["logs"], "ref": "check"}
+#     client -> server   {"unsubscribe": ["logs"], "ref": "caught up"}
 #     server -> client   the replay of logs after id 7-0, and the answers
 #     client -> server   {"channel": "logs", "data": "hello", "ref": "12"}, if it was not in there
 #
 # So others get a message twice only where our token may not read its channel, where the server no
 # longer keeps all that came after the position, or where bytes of the old connection reach their
-# server after step 3, or its entries Redis: one of several that was stopped meanwhile, or cut off.
+# server too late for step 1, or its entries Redis: one of several that was stopped, or cut off.
 #
 # The threads. Each caller sends its own requests. One more thread, philote-client, reads, and
 # connects again. While a connection lasts it must not wait for a send: the server reads nothing as
@@ -5845,7 +5846,10 @@ class Client:
         # there is no coming back: hence "now", which asks for ids and for nothing of the past.
         self._past = _given(
             since=since or ("now" if reconnect and last is None else None), last=last)
-        self._changed = threading.Condition()  # guards all below, but for _asking; reentrant
+        # Guards all below, but for _asking. It is taken itself, not by the Condition, whose methods
+        # are Python's: the handler of a signal that raises in there would leave it locked for ever.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._channels = None if channels is None else Names(channels)  # None: all that may be read
         if not all(map(_is_encodable, self._channels or ())):
             raise PhiloteError("a channel's name cannot hold half of a surrogate pair")
@@ -5892,10 +5896,13 @@ class Client:
         """The id up to which all has come, in all channels; "" where the connection has no ids.
 
         Some messages may still wait for receive(). To go on later from what you have handled, keep
-        the id of the last message that receive() returned instead.
+        the id of the last message that receive() returned instead. (With so many channels that
+        their names have some 4,000 characters, it is good only where it is not above this one:
+        for some of them, the past comes later.)
         """
-        with self._changed:
-            return self._behind or self._position
+        with self._lock:
+            since: list[str] = [request.value["since"] for request in self._joining()]
+            return min([self._behind or self._position, *since], key=decode_id)
 
     def publish(self, channel: str, data: Any, wait: bool = False) -> str | None:
         """Send a message, whose data is any JSON value; with `wait` returns its id.
@@ -5910,7 +5917,7 @@ class Client:
             request = self._ask(value, wait)
             return str(self._await(request)["published"]["id"]) if wait else None
         text = json.dumps(value, allow_nan=False)
-        with self._changed:
+        with self._lock:
             # During close() this message fails below, or goes out before the close frame, and the
             # answer to that shows that it was read.
             if not self._closing:
@@ -5943,7 +5950,7 @@ class Client:
         Raises Gap where messages may be missing, ConnectionClosed once all that came has been
         received, and Forbidden for a message that we published.
         """
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._refusals or self._received or self._end,
                                    None if timeout is None else min(timeout, threading.TIMEOUT_MAX))
             self._raise_refusal()
@@ -5995,12 +6002,12 @@ class Client:
             self._close(_ANSWER_TIME)
 
     def _unanswered(self) -> int:
-        with self._changed:
+        with self._lock:
             return sum("channel" in request.value for request in self._requests.values())
 
     def _close(self, patience: float) -> None:
         # A closing handshake. The server may take its time to read what was published before.
-        with self._changed:
+        with self._lock:
             self._closing = True
             self._changed.notify_all()
         # Where the system has no thread left for it, no close frame is sent; then the wait below
@@ -6036,7 +6043,7 @@ class Client:
         link: _Link | None = None
         with self._asking:
             try:
-                with self._changed:
+                with self._lock:
                     self._wait_for_room(len(request.text))
                     link = self._link
                     ref = self._add_request(request)
@@ -6078,7 +6085,7 @@ class Client:
         return request
 
     def _await(self, request: _Request) -> dict[str, Any]:
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: request.answer or self._end)
             if isinstance(request.answer, PhiloteError):
                 raise request.answer
@@ -6087,12 +6094,12 @@ class Client:
             return request.answer or {}
 
     def _raise_refusal(self) -> None:
-        with self._changed:
+        with self._lock:
             if self._refusals:
                 raise self._refusals.popleft()
 
     def _raise_end(self) -> None:
-        with self._changed:
+        with self._lock:
             if self._end:
                 self._outcome_known = True
                 # Not `raise self._end`: its traceback would grow with each call that raises it.
@@ -6114,6 +6121,11 @@ class Client:
         is not called. For what it may do see on_connect().
         """
 
+    def _joining(self) -> list[_Request]:
+        # The subscriptions of _begin() that are not answered, from an id on.
+        return [request for request in self._subscribing
+                if not request.awaited and "-" in request.value.get("since", "")]
+
     def _connect(self) -> _Link:
         # For a client that follows news and chat.*:
         #
@@ -6129,13 +6141,17 @@ class Client:
         # Channels that do not fit into the query: _begin() joins them, by requests that are no
         # larger, since servers limit a message.
         later: list[list[str]] = []
+        room, size = _LONGEST_QUERY - len(urllib.parse.urlencode(parameters)), _LONGEST_QUERY
         for name in sorted(self._channels or ()):
-            parameters.append(("channel", name))
-            if len(urllib.parse.urlencode(parameters)) > _LONGEST_QUERY:
-                parameters.pop()
-                if not later or len(json.dumps([*later[-1], name])) > _LONGEST_QUERY:
-                    later.append([])
-                later[-1].append(name)
+            if (needed := len(urllib.parse.urlencode({"channel": name})) + 1) <= room:
+                parameters.append(("channel", name))
+                room -= needed
+                continue
+            size += len(json.dumps(name)) + 2
+            if size > _LONGEST_QUERY:  # `size` is that of the last of them
+                later.append([])
+                size = len(json.dumps(name)) + 2
+            later[-1].append(name)
         if later and not past:  # _begin() asks for these, and it needs a connection with ids
             past = {"since": "now"}
             parameters += past.items()
@@ -6170,7 +6186,7 @@ class Client:
         # after the replay, since it reads nothing before that is sent.
         begin = value["connected"]
         names = Names(begin["channels"])
-        with self._changed:
+        with self._lock:
             position = self._position  # "" at the first connection
             link.channels = names
             # The server is not silent for much longer than `ping` seconds; with 0 it may be.
@@ -6183,41 +6199,52 @@ class Client:
                 self._behind = ""
             if not position or not begin["resumed"]:
                 self._position = begin["id"]
-            if past == {"since": "now"}:  # the server would take it for the time when it reads this
+            asked = past.get("since", "")
+            # The server would count a duration, and "now", from when it reads this. And what is not
+            # kept any more is one gap, however many requests there are.
+            if "last" not in past and (asked == "now" or not begin["resumed"]) or (
+                    asked not in ("", "now") and "-" not in asked):
                 past = {"since": begin["id"]}
-            # Not if an earlier connection has left the same request unanswered, unless that counts
-            # from when it is read ("10m"), and would not reach back as far now.
-            unanswered = [request.value["subscribe"] for request in self._subscribing
-                          if not request.awaited and "-" in request.value.get("since", "")]  # an id
+            elif not begin["resumed"]:
+                past = {"last": past["last"]}
+            # Not if an earlier connection has left the same request unanswered.
+            unanswered = [request.value["subscribe"] for request in self._joining()]
+            # In front of all others: one may be to leave such a channel again.
+            others, self._requests = self._requests, {}
             for part in later:
                 if part not in unanswered:
                     self._add_request(_Request({"subscribe": part, **past}, False))
+            self._requests |= others
             # The channels of unanswered messages that this connection does not bring, see step 2.
             unseen = sorted({request.value["channel"] for request in self._requests.values()
                              if "channel" in request.value
                              and not names.cover(request.value["channel"])})
             # Who follows no channels at all (channels=[]) cannot say so in the query: without names
             # there, the server joins all that the token may read.
-            leave = [*unseen, *(names if self._channels is not None and not self._channels else ())]
+            leave = [*names] if self._channels is not None and not self._channels else []
             # Under one hold of the lock: _ask() must not take one of them old and the other new.
             self._caught_up = not (self._requests or leave or self._behind is not None)
             self._link = link
             self._unchecked = "" if self._caught_up else self._unchecked or position
             since, pause = self._unchecked, _FIRST_PAUSE if self._unanswered() else 0
         if not self._caught_up:
-            # One by one, since a subscription that the token does not allow joins none of its
-            # channels. Sent aside: this thread has to read.
-            values = [*({"subscribe": [name], "since": since, "ref": _CHECK} for name in unseen),
-                      {"unsubscribe": [], "ref": _CAUGHT_UP}]
+            # One by one: a subscription that the token does not allow joins none of its channels,
+            # and there may be more channels than one connection may have joined. Sent aside: this
+            # thread has to read.
+            values: list[dict[str, Any]] = [{"unsubscribe": [], "ref": _CHECK}]
+            for name in unseen:
+                values += ({"subscribe": [name], "since": since, "ref": _CHECK},
+                           {"unsubscribe": [name], "ref": _CHECK})
             if leave:
                 values.append({"unsubscribe": leave, "ref": _CHECK})
+            values[-1]["ref"] = _CAUGHT_UP
             _send_aside(self._look_for_ours, link, pause, *(
                 wsproto.events.TextMessage(json.dumps(value)) for value in values))
 
     def _look_for_ours(self, link: _Link, pause: float, *events: wsproto.events.Event) -> None:
         # In the pause the server shall read what it has received on the lost connection. It may
         # have been stopped, and read both connections at once now.
-        with self._changed:
+        with self._lock:
             self._changed.wait_for(lambda: self._closing or self._end, pause)
         link.send_if_open(*events)
 
@@ -6245,7 +6272,7 @@ class Client:
             self._tell_end()
 
     def _tell_end(self) -> None:
-        with self._changed:
+        with self._lock:
             self._end = self._end or ConnectionClosed(1006)
             self._changed.notify_all()
 
@@ -6255,7 +6282,7 @@ class Client:
         while self._reconnect and not self._closing and not self._is_final(error):
             wait = random.uniform(0, pause)
             self.on_disconnect(error, wait)
-            with self._changed:
+            with self._lock:
                 if self._changed.wait_for(lambda: self._closing, wait):
                     break
             try:
@@ -6270,7 +6297,7 @@ class Client:
             else:
                 self.on_connect()
             return link
-        with self._changed:
+        with self._lock:
             # The server answers our close frame with one of the same code once it has read all that
             # we sent before it.
             self._outcome_known |= (
@@ -6288,7 +6315,7 @@ class Client:
         return isinstance(error, PhiloteError)
 
     def _take(self, link: _Link, value: dict[str, Any], size: int) -> None:
-        with self._changed:
+        with self._lock:
             ref = value.get("ref")
             if "channel" in value:
                 self._take_message(value, size)
@@ -6371,7 +6398,7 @@ class Client:
         # the RecursionError again where it has no id, and is perhaps no message.
         if not (begin := re.match('{"id":"([0-9]+-[0-9]+)"', text)):
             raise
-        with self._changed:
+        with self._lock:
             self._move_to(begin[1])
             self._put(Gap(), 0)
             self._changed.notify_all()
@@ -6407,12 +6434,15 @@ class Client:
         # Step 4. While it sends, callers may ask for more, so it looks again until there is nothing
         # left. In the same hold of the lock it says so, and from then on callers send themselves.
         while True:
-            with self._changed:
+            with self._lock:
                 if link is not self._link:
                     return
                 unsent = [(ref, request) for ref, request in self._requests.items()
                           if request.link is not link]
                 for _, request in unsent:
+                    # Some of the last messages may have come, and others are the last by now.
+                    if request.link and request.brought and "last" in request.value:
+                        self._put(Gap(), 0)
                     request.link = link
                 self._caught_up = not unsent
             if not unsent:
@@ -6573,12 +6603,14 @@ class _Link:
                 self.sock.send(self.protocol.send(wsproto.events.TextMessage(text)))
                 return True
             except BaseException as error:
-                # A ProtocolError where the connection is closing. The system's errors have a
-                # number, which the one that the handler of a signal raises has hardly ever.
+                # Half of the message may be written, so nothing may follow it. A ProtocolError
+                # where the connection is closing. The system's errors have a number, which the one
+                # that the handler of a signal raises has hardly ever.
                 if (isinstance(error, (ConnectionError, ProtocolError))
                         or isinstance(error, OSError) and error.errno):
+                    self.sock.end_output()  # what the server has sent can still be read
                     return False
-                self.abort()  # half of the message may be written
+                self.abort()
                 raise
 
     def send_if_open(self, *events: wsproto.events.Event) -> None:
@@ -6671,6 +6703,12 @@ class _ClientSocket:
             self.aborted = True
             if not self.waiting:
                 self.transport.close()
+
+    def end_output(self) -> None:
+        """Send our end of the connection."""
+        with self.calling:
+            if not self.aborted:
+                self.transport.end_output()
 
     def send(self, data: bytes) -> None:
         """Write all of it, as soon as the server takes it. Raises OSError."""

@@ -431,6 +431,12 @@ def publish_all(client, channel, items):
         client.publish(channel, data)
 
 
+def publish_each(client, channels):
+    """Publish a number to each channel, counting up."""
+    for number, channel in enumerate(channels):
+        client.publish(channel, number)
+
+
 def pour(client, channel, data="x"):
     """Publish numbered messages until that raises something."""
     publish_all(client, channel, (f"{number} {data}" for number in itertools.count()))
@@ -6431,8 +6437,8 @@ def test_clients_that_are_cut_again_and_again_miss_nothing_and_publish_nothing_t
 
 
 def test_a_cut_before_it_is_known_what_was_published_does_not_hide_it(quick):
-    def answer(end, frame):
-        asked.append(json.loads(end.hear()[0][1])["since"])
+    def answer(end, frame):  # the first that it asks is whether the log holds all
+        asked.append(json.loads(end.hear(2)[1][1])["since"])
         end.send(frame)
 
     asked, message = [], plain(1, stamped(1, id="9-0"))
@@ -6455,13 +6461,28 @@ def test_what_a_client_published_is_known_of_each_channel(server, quick, monkeyp
             first, take = client._link, client._take
             # The answers of the first connection are lost.
             client._take = lambda link, *arguments: link is first or take(link, *arguments)
-            for number, channel in enumerate(order):
-                client.publish(channel, number)
+            publish_each(client, order)
             wait_until(lambda: totals(server)["published"] == len(order))
             first.abort()
         expected = [number for number, channel in enumerate(order) if channel != "s"]
         assert receive_until(reader, len(expected)) == (expected, 0)
         assert reader.receive(0.1) is None
+
+
+@with_settings(max_subscriptions=2, max_message_size=4096)
+def test_a_client_looks_through_more_channels_than_it_may_have_joined(server, quick):
+    names, token = [f"a{number:03}" * 10 for number in range(200)], make_token(["*"], ["*"])
+    with philote.Client(url_of(server), token, ["*"]) as reader, \
+            philote.Client(url_of(server), token, ["b"]) as client:
+        first, take = client._link, client._take
+        # The answers of the first connection are lost.
+        client._take = lambda link, *arguments: link is first or take(link, *arguments)
+        publish_each(client, names)
+        wait_until(lambda: totals(server)["published"] == len(names))
+        first.abort()
+        client.publish("b", "x", wait=True)
+        data = [*range(len(names)), "x"]
+        assert receive_until(reader, len(data)) == (data, 0) and reader.receive(0.1) is None
 
 
 def test_a_message_published_while_the_connection_comes_back_is_sent(server, proxy, monkeypatch):
@@ -6525,9 +6546,9 @@ def test_a_message_that_two_servers_published_acknowledges_none_behind_it(quick,
         assert client.publish("a", "second", wait=True) == "6-0"
 
 
-@pytest.mark.parametrize("since, expected", [("now", ["1-0"]), ("10m", ["10m", "1-0"])])
+@pytest.mark.parametrize("since", ["now", "10m", "1-0"])
 def test_a_channel_is_joined_later_once_however_many_connections_were_lost_before(
-        quick, monkeypatch, since, expected):
+        quick, monkeypatch, since):
     def take(end):
         value = end.welcome()
         while "subscribe" in value:
@@ -6541,8 +6562,75 @@ def test_a_channel_is_joined_later_once_however_many_connections_were_lost_befor
     with answering(ServerEnd.hear, ServerEnd.hear, take) as url, philote.Client(
             url, channels=["a"], since=since) as client:
         wait_until(lambda: asked)
+        assert client.position == "1-0"
         client.publish("b", "x", wait=True)
-    assert asked == [(["a"], since) for since in expected]
+    assert asked == [(["a"], "1-0")]
+
+
+def test_what_is_joined_later_moves_the_position_only_when_it_has_come(
+        server, quick, monkeypatch):
+    monkeypatch.setattr(philote, "_LONGEST_QUERY", 60)  # internal: no room for the second
+    names = ["a", "b" * 60]
+    before, *ids = publish_to(server, ["c", *names[::-1]])
+    waits, go = hold(monkeypatch, philote.Client, "_look_for_ours")
+    with philote.Client(url_of(server), make_token(names), names, since=before) as client:
+        assert waits.wait(PATIENCE)
+        assert client.receive(PATIENCE).id == ids[1]
+        assert client.position == before
+        go.set()
+        assert client.receive(PATIENCE).id == ids[0]
+        wait_until(lambda: client.position == ids[1])
+
+
+@pytest.mark.parametrize("options", [{}, {"last": 1}], ids=["new", "last"])
+def test_what_is_lost_is_one_gap_however_many_channels_are_joined_later(
+        quick, monkeypatch, options):
+    monkeypatch.setattr(philote, "_LONGEST_QUERY", 0)  # internal: each has a request of its own
+    token = make_token(["a*"], ["b"])
+    with running() as server, Proxy(server) as proxy:
+        with philote.Client(proxy.url, token, ["a1", "a2", "a3"], **options) as client:
+            client.publish("b", 0, wait=True)  # is answered behind the subscriptions
+            with running() as proxy.server:
+                proxy.cut()
+                client.publish("b", 1, wait=True)
+                publish_to(proxy.server, ["a3"])
+                assert receive_until(client, 1) == ([0], 1)
+                assert client.receive(0.05) is None
+
+
+def test_a_channel_that_was_to_be_joined_later_can_be_left_before(server, proxy, monkeypatch):
+    monkeypatch.setattr(philote, "_LONGEST_QUERY", 60)  # internal: no room for the second
+    names = ["a", "b" * 60]
+    with philote.Client(proxy.url, make_token(names), names) as client:
+        wait_until(lambda: channel_count(server) == 2)
+        proxy.is_open = False
+        proxy.cut()
+        with background(partial(client.unsubscribe, names[1])):
+            wait_until(lambda: client._requests)
+            proxy.is_open = True
+        assert server.log.joined.keys() == {"a"}
+        proxy.cut()
+        wait_until(lambda: server.log.joined.keys() == {"a"})
+
+
+def test_a_gap_is_told_where_the_last_messages_are_asked_for_again(quick):
+    def bring(end):
+        value = json.loads(end.hear()[0][1])
+        assert value["last"] == 2
+        end.send(plain(1, stamped("first", id="2-0")))
+        time.sleep(0.2)
+
+    def bring_others(end):
+        value = end.welcome()
+        assert value["last"] == 2
+        end.send(*[plain(1, stamped(data, id=id)) for data, id in (("x", "4-0"), ("y", "5-0"))])
+        end.send(plain(1, json.dumps({"ref": value["ref"], "subscribed": {
+            "channels": ["a"], "id": "5-0", "resumed": True}})))
+        end.answer_close()
+
+    with answering(bring, bring_others) as url, philote.Client(url, channels=["b"]) as client:
+        client.subscribe("a", last=2)
+        assert receive_until(client, 3) == (["first", "x", "y"], 1)
 
 
 @with_settings(max_message_size=8192)
@@ -6891,6 +6979,45 @@ def publish_until_a_signal(request):
     yield work
     signal.setitimer(signal.ITIMER_REAL, 0)
     signal.signal(signal.SIGALRM, before)
+
+
+def test_the_handler_of_a_signal_that_raises_leaves_nothing_locked(server):
+    class Alarm(Exception):
+        pass
+
+    def ring(*_):
+        raise Alarm
+
+    before, caught = signal.signal(signal.SIGALRM, ring), 0
+    with philote.Client(url_of(server), make_token(["a"], ["a"])) as client:
+        while caught < 200:
+            try:
+                signal.setitimer(signal.ITIMER_REAL, random.uniform(0.0005, 0.003))
+                while True:
+                    client.receive(0)
+            except (Alarm, RuntimeError):  # where the Condition's wait() was hit, Alarm's context
+                caught += 1
+        signal.signal(signal.SIGALRM, before)
+        with background(partial(client.publish, "a", 1, wait=True)):
+            pass
+
+
+@pytest.mark.parametrize("error", [
+    TimeoutError(errno.ETIMEDOUT, "late"), ConnectionError("stop")], ids=["number", "connection"])
+def test_an_error_in_the_middle_of_a_message_is_the_end_of_what_is_sent(
+        server, proxy, monkeypatch, error):
+    def interrupt(self, data):
+        monkeypatch.undo()
+        self.send(data[:50_000])
+        raise error
+
+    with RawClient(server, ["a"]) as reader, philote.Client(
+            proxy.url, make_token(["a"], ["a"])) as client:
+        client.publish("a", 0, wait=True)
+        monkeypatch.setattr(philote._ClientSocket, "send", interrupt)
+        client.publish("a", "x" * 100_000)
+        client.publish("a", 2, wait=True)
+        assert reader.receive_data(3) == [0, "x" * 100_000, 2]
 
 
 def test_a_signal_in_the_middle_of_a_message_costs_nothing(
