@@ -3851,7 +3851,7 @@ class WebSocket(Subscriber):
         next(self.frames)  # up to its first yield, where it takes bytes
         self.read_size = max(self.server.settings.read_buffer_size, _FULL_READ)
         self.batch = Batch(self.server, self.id, key.user, connection)
-        # A subscription to be served; without a past, it is an unsubscription of nothing.
+        # A subscription to be served; without a past, it asks whether the log holds all.
         self.asked: tuple[list[str], Past | None, str | None] | None = None
         self.pings, self.last_ping = 0, b""  # that came since the last flush
         self.delay = 0.0  # seconds that the peer has to wait, see RateLimit and Connection.charge()
@@ -3989,7 +3989,7 @@ class WebSocket(Subscriber):
             raise Refused("a message may subscribe or unsubscribe, not both")
         if "subscribe" not in value:
             names = check_names(value["unsubscribe"])
-            if not names:
+            if not names and ref:
                 self.asked = names, None, ref
                 return
             self.batch.deliver()  # acknowledgements come first, but for those of Redis
@@ -7561,6 +7561,9 @@ export class Philote extends EventTarget {
     const { addEventListener: listen, document } = globalThis; // neither is there in Node
     listen?.("online", () => this.#wake(), signal);
     listen?.("pageshow", () => this.#wake(), signal);
+    // A page that the browser keeps, to go back to, would keep its connection there, and lose it.
+    listen?.("pagehide", event => event.persisted && this.#socket
+      && this.#end(1001, "the page was left"), signal);
     listen?.("offline", () => this.#socket && this.#end(1006, "the browser is offline"), signal);
     document?.addEventListener("visibilitychange", () => document.hidden || this.#wake(), signal);
     this.#connect();
@@ -7654,9 +7657,9 @@ export class Philote extends EventTarget {
     const url = new URL(this.#url), query = url.searchParams;
     const claims = claimsOf(token);
     // Where the setting CLAIM names the claim that holds the rights, this does not know its name.
-    const holders = [claims, ...Object.values(claims)];
+    const holders = [claims, ...Object.values(claims)].filter(claim => Array.isArray(claim?.read));
     /** @type {string[]} */
-    const rights = holders.find(claim => Array.isArray(claim?.read))?.read.map(String) ?? [];
+    const rights = holders.length === 1 ? holders[0].read.map(String) : [];
     query.set("since", this.#position || "now");
     // The server takes 8 KiB of path and query, and the token comes into them as well.
     const room = Math.min(LONGEST_QUERY, 8_000 - url.pathname.length - token.length);
@@ -7672,6 +7675,7 @@ export class Philote extends EventTarget {
       if (!names.includes(subscription.name)) {
         subscription.past = { since: this.#position };
         subscription.cursor = "";
+        this.#since ||= this.#position; // `position` stays there, until that has come
       }
     }
     if (!names.length) {
@@ -7680,7 +7684,9 @@ export class Philote extends EventTarget {
       // names one that the token allows (for a pattern, a channel that nobody uses), and #begin()
       // leaves it again.
       const [shortest] = rights.sort((a, b) => sizeOf(a) - sizeOf(b));
-      if (rights.length) query.set("channel", shortest.replace(/\*$/, String(Math.random())));
+      if (rights.length && this.#failures % 4 < 3) {
+        query.set("channel", shortest.replace(/\*$/, String(Math.random())));
+      }
     }
     query.set("auth", token);
     return url;
@@ -7752,6 +7758,8 @@ export class Philote extends EventTarget {
 
   #watch() {
     clearTimeout(this.#timer);
+    // Where the clock was set back, the deadline would be too far off.
+    this.#deadline = Math.min(this.#deadline, Date.now() + this.#patience);
     const left = this.#deadline - Date.now();
     if (left <= 0) {
       this.#end(1006, "the server is silent");
@@ -7816,7 +7824,7 @@ export class Philote extends EventTarget {
     // After the subscriptions, so that what others send in reply to it is received.
     for (const publication of this.#unsent.splice(0)) this.#sendPublication(publication);
     this.#emit("open", { issuer, resumed });
-    if (!resumed) this.#skip(id);
+    if (!resumed && this.#state === "open") this.#skip(id);
   }
 
   /** @param {Message} message */
@@ -7858,11 +7866,14 @@ export class Philote extends EventTarget {
     const calls = [];
     for (const subscription of subscriptions) {
       const { past, held } = subscription;
-      const wanted = past.since !== undefined || past.last !== undefined;
-      // Among what was held are new messages, too, which other subscriptions have brought. So all
-      // are put in order, each once.
+      const wanted = (past.since ?? "now") !== "now" || (past.last ?? 0) > 0;
+      const from = resumed && past.since?.includes("-") ? inOrder(past.since) : "";
+      // Among what was held are messages, old and new, which other subscriptions have brought. So
+      // all are put in order, each once.
       const places = new Map(held.map(message => [inOrder(message.id), message]));
-      if (wanted) places.forEach((message, place) => calls.push([place, message, subscription]));
+      places.forEach((message, place) => {
+        if (wanted && place > from) calls.push([place, message, subscription]);
+      });
       subscription.past = {};
       subscription.held = [];
     }

@@ -8272,9 +8272,10 @@ window.WebSocket = class {
 };
 window.hear = value => socket.onmessage({ data: JSON.stringify(value) });
 window.hearOf = (id, channel) => hear({ id, issuer: "", channel, data: id });
-window.begin = () => hear({
-  connected: { issuer: "me", id: "9-0", resumed: true, channels: [], ping: 0 } });
-window.joined = () => hear({ ref: sent.at(-1).ref, subscribed: { id: "9-0", resumed: true } });"""
+window.begin = (id = "9-0", resumed = true, ping = 0) => hear({
+  connected: { issuer: "me", id, resumed, channels: [], ping } });
+window.joined = (id = "9-0") => hear({
+  ref: sent.at(-1).ref, subscribed: { id, resumed: true } });"""
 
 
 def need(found, how, needed="BROWSERS"):
@@ -8495,6 +8496,17 @@ def test_a_page_gets_in_with_rights_in_the_claim_of_the_setting(server, tab):
     wait_for_data(tab, ["hello"])
 
 
+@pytest.mark.parametrize("others", [{"files": {"read": ["docs"]}}, {"read": ["docs"]}])
+@with_settings(claim="philote")
+def test_a_page_gets_in_whatever_else_its_token_says(server, tab, others):
+    claims = {**others, "philote": {"read": ["a"], "write": ["a"]}}
+    start(tab, url_of(server), "a", token=jwt.encode(claims, SECRET))
+    come_back(tab)
+    publish(server, {"channel": "a", "data": "hello"}, jwt.encode(
+        {"philote": {"write": ["a"]}}, SECRET))
+    wait_for_data(tab, ["hello"])
+
+
 def test_a_page_gets_in_however_long_the_first_name_in_its_token_is(server, tab):
     start(tab, url_of(server), "b", token=make_token(["\u6f22" * 800, "b"], ["a"]))
     publish_to(server, ["b"])
@@ -8518,6 +8530,72 @@ def test_what_is_followed_later_begins_later_though_the_connection_is_cut(tab):
       begin();
       return sent.map(({ subscribe, since }) => [...subscribe, since ?? "now"]);
     """, "a", since="3-0") == [["a", "3-0"], ["b", "now"]] * 2
+
+
+FAIL_THRICE = """
+  for (let count = 0; count < 3; count++) {
+    const lost = socket;
+    lost.onclose({ code: 1006, reason: "" });
+    while (socket === lost) await new Promise(done => setTimeout(done, 5));
+  }
+"""
+
+
+def test_the_position_moves_on_only_when_what_was_missed_has_come(tab):
+    assert scripted(tab, f"""
+      begin();
+      joined();
+      hear({{ id: "12-0" }});
+      {FAIL_THRICE}
+      begin("20-0");
+      const before = philote.position;
+      joined("20-0");
+      return [sent.at(-1).since, before, philote.position];
+    """, "a") == ["12-0", "12-0", "20-0"]
+
+
+@pytest.mark.parametrize("past, expected", [
+    ({"since": "11-0"}, ["12-0"]), ({"since": "now"}, []), ({"last": 0}, []), ({}, []),
+    ({"since": "10-0"}, ["11-0", "12-0"]), ({"last": 2}, ["11-0", "12-0"])])
+def test_of_what_another_subscription_brings_a_new_one_gets_only_what_it_wants(
+        tab, past, expected):
+    assert scripted(tab, f"""
+      begin();
+      joined();
+      const got = [];
+      philote.subscribe("a", ({{ id }}) => got.push(id), {json.dumps(past)});
+      hearOf("11-0", "a");
+      hearOf("12-0", "a");
+      joined("12-0");
+      return got;
+    """, "a*") == expected
+
+
+def test_nothing_is_told_after_the_end(tab):
+    assert scripted(tab, """
+      philote.addEventListener("open", () => philote.close());
+      begin("20-0", false);
+      return seen.map(([type]) => type);
+    """, "a", since="3-0") == ["open", "closed"]
+
+
+def test_a_silent_server_is_noticed_though_the_clock_was_set_back(tab):
+    tab.clock.install(time=1_000_000_000)
+    scripted(tab, "begin('9-0', true, 10)")  # s between pings; it has 10 more to show itself
+    tab.clock.set_system_time(0)
+    tab.clock.run_for(45_000)
+    assert "the server is silent" in [closed["reason"] for closed in seen(tab, "closed")]
+
+
+def test_a_page_that_is_kept_to_go_back_to_gives_its_connection_up(server, tab):
+    start(tab, url_of(server), "a", minDelay=100_000, maxDelay=100_000)
+    tab.evaluate("dispatchEvent(new PageTransitionEvent('pagehide', { persisted: false }))")
+    assert subscriber_count(server) == 1
+    tab.evaluate("dispatchEvent(new PageTransitionEvent('pagehide', { persisted: true }))")
+    wait_until(lambda: not subscriber_count(server))
+    publish_to(server, ["a"])
+    tab.evaluate("dispatchEvent(new PageTransitionEvent('pageshow', { persisted: true }))")
+    wait_for_data(tab, [0])
 
 
 def test_what_several_subscriptions_missed_comes_in_the_order_of_its_ids(tab):
@@ -8576,7 +8654,7 @@ def test_an_end_for_good_leaves_no_promise_and_no_listener(tab):
       socket.onclose({ code: 4403, reason: "" });
       return Promise.race([lost, new Promise(resolve => setTimeout(resolve, 1000))]);
     """) == "closed"
-    assert tab.evaluate("signals.map(signal => signal.aborted)") == [True] * 3
+    assert tab.evaluate("signals.map(signal => signal.aborted)") == [True] * 4
 
 
 def test_a_token_that_cannot_be_had_is_told_to_who_made_the_client(tab):
