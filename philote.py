@@ -6199,22 +6199,7 @@ class Client:
                 self._behind = ""
             if not position or not begin["resumed"]:
                 self._position = begin["id"]
-            asked = past.get("since", "")
-            # The server would count a duration, and "now", from when it reads this. And what is not
-            # kept any more is one gap, however many requests there are.
-            if "last" not in past and (asked == "now" or not begin["resumed"]) or (
-                    asked not in ("", "now") and "-" not in asked):
-                past = {"since": begin["id"]}
-            elif not begin["resumed"]:
-                past = {"last": past["last"]}
-            # Not if an earlier connection has left the same request unanswered.
-            unanswered = [request.value["subscribe"] for request in self._joining()]
-            # In front of all others: one may be to leave such a channel again.
-            others, self._requests = self._requests, {}
-            for part in later:
-                if part not in unanswered:
-                    self._add_request(_Request({"subscribe": part, **past}, False))
-            self._requests |= others
+            self._join_later(later, past, begin)
             # The channels of unanswered messages that this connection does not bring, see step 2.
             unseen = sorted({request.value["channel"] for request in self._requests.values()
                              if "channel" in request.value
@@ -6226,27 +6211,47 @@ class Client:
             self._caught_up = not (self._requests or leave or self._behind is not None)
             self._link = link
             self._unchecked = "" if self._caught_up else self._unchecked or position
-            since, pause = self._unchecked, _FIRST_PAUSE if self._unanswered() else 0
-        if not self._caught_up:
+            values: list[dict[str, Any]] = []
             # One by one: a subscription that the token does not allow joins none of its channels,
-            # and there may be more channels than one connection may have joined. Sent aside: this
-            # thread has to read.
-            values: list[dict[str, Any]] = [{"unsubscribe": [], "ref": _CHECK}]
+            # and there may be more channels than one connection may have joined.
             for name in unseen:
-                values += ({"subscribe": [name], "since": since, "ref": _CHECK},
-                           {"unsubscribe": [name], "ref": _CHECK})
+                values += ({"subscribe": [name], "since": self._unchecked},
+                           {"unsubscribe": [name]})
             if leave:
-                values.append({"unsubscribe": leave, "ref": _CHECK})
-            values[-1]["ref"] = _CAUGHT_UP
-            _send_aside(self._look_for_ours, link, pause, *(
-                wsproto.events.TextMessage(json.dumps(value)) for value in values))
+                values.append({"unsubscribe": leave})
+        if not self._caught_up:
+            _send_aside(self._look_for_ours, link, values)  # this thread has to read
 
-    def _look_for_ours(self, link: _Link, pause: float, *events: wsproto.events.Event) -> None:
-        # In the pause the server shall read what it has received on the lost connection. It may
-        # have been stopped, and read both connections at once now.
-        with self._lock:
-            self._changed.wait_for(lambda: self._closing or self._end, pause)
-        link.send_if_open(*events)
+    def _join_later(self, parts: list[list[str]], past: dict[str, Any],
+                    begin: dict[str, Any]) -> None:
+        # The server would count a duration, and "now", from when it reads these requests. And what
+        # is not kept any more is one gap, however many of them there are.
+        since = past.get("since", "")
+        if "last" not in past and (since == "now" or not begin["resumed"]) or (
+                since not in ("", "now") and "-" not in since):
+            past = {"since": begin["id"]}
+        elif not begin["resumed"]:
+            past = {"last": past["last"]}
+        # Not if an earlier connection has left the same request unanswered.
+        unanswered = [request.value["subscribe"] for request in self._joining()]
+        # In front of all others: one may be to leave such a channel again.
+        others, self._requests = self._requests, {}
+        for part in parts:
+            if part not in unanswered:
+                self._add_request(_Request({"subscribe": part, **past}, False))
+        self._requests |= others
+
+    def _look_for_ours(self, link: _Link, values: list[dict[str, Any]]) -> None:
+        if self._unanswered():
+            # In the pause the server shall read what it has received on the lost connection. It may
+            # have been stopped, and read both connections at once now.
+            with self._lock:
+                self._changed.wait_for(lambda: self._closing or self._end, _FIRST_PAUSE)
+            values = [{"unsubscribe": []}, *values]  # see step 1; may have to wait for Redis
+        values = values or [{"subscribe": []}]  # which is answered at once
+        refs = [_CHECK] * (len(values) - 1) + [_CAUGHT_UP]
+        link.send_if_open(*(wsproto.events.TextMessage(json.dumps({**value, "ref": ref}))
+                            for value, ref in zip(values, refs)))
 
     def _run(self) -> None:
         link: _Link | None = self._link

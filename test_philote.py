@@ -5218,6 +5218,19 @@ def test_what_waits_for_redis_is_not_published_again_by_a_client_that_comes_back
         assert reader.receive_data(51) == [*range(51)] and reader.is_quiet()
 
 
+def test_who_has_published_nothing_comes_back_while_redis_is_away(
+        store, hasty, quick, monkeypatch):
+    monkeypatch.setattr(philote, "_LONGEST_QUERY", 60)  # internal: no room for the second
+    names = ["a", "b" * 60]
+    with running(redis_url=store.url) as server, Proxy(server) as proxy, \
+            philote.Client(proxy.url, make_token(names), names) as client:
+        wait_until(lambda: channel_count(server) == 2)
+        store.kill()
+        proxy.cut()
+        wait_until(lambda: proxy.count == 2 and channel_count(server) == 2)
+        wait_until(lambda: client._caught_up)
+
+
 def test_a_client_that_comes_back_does_not_wait_long_for_a_server_that_was_killed(pair, store):
     with serving(REDIS_URL=store.url) as command:
         wait_until(lambda: len(cluster_of(pair[0])["servers"]) == 3)
