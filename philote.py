@@ -3041,6 +3041,19 @@ class Outbox:
             return time.monotonic() - self.entries[0].born if self.entries else 0.0
 
 
+class _Question:
+    """What this server has asked all servers, see RedisLog.end_connections()."""
+
+    def __init__(self, servers: set[str]) -> None:
+        self.servers = servers  # by id, that are to answer
+        self.answers: dict[str, int] = {}  # how many connections each has ended; the read thread's
+        self.answered = threading.Event()  # set with each answer
+
+    def missing(self) -> set[str]:
+        """The servers that have not answered."""
+        return self.servers - self.answers.copy().keys()
+
+
 class RedisLog(Log):
     """A log that many servers share. Its own two threads do all that Redis is asked for.
 
@@ -3095,8 +3108,7 @@ class RedisLog(Log):
         # By server: its next number, and when it was heard of; what it said of itself, and when.
         self.expected: dict[bytes, tuple[int, float]] = {self.id: (1, math.inf)}
         self.servers: dict[bytes, tuple[dict[str, Any], float]] = {}
-        # For each question of _ask(), until it is done: what each server has ended.
-        self.asked: dict[str, dict[str, int]] = {}
+        self.asked: dict[str, _Question] = {}  # that are not done
         self.read_count = self.skipped = self.repeated = self.losses = 0
         self.at_end = 0.0  # all that was in the log at that time has been read
         self.patience, self.rested = 10.0, time.monotonic()  # see _let_read()
@@ -3161,10 +3173,11 @@ class RedisLog(Log):
         counts only who came since: to end somebody twice counts once.
         """
         count, end = self.end_own(**whom), time.monotonic() + _UNAVAILABLE_TIME
-        with self._ask(whom) as (answers, missing):
-            while missing() and time.monotonic() < end:
-                time.sleep(0.01)
-            return count + sum(answers.copy().values()), not missing()
+        with self._ask(whom) as question:
+            while question.missing() and (left := end - time.monotonic()) > 0:
+                question.answered.wait(left)
+                question.answered.clear()
+            return count + sum(question.answers.copy().values()), not question.missing()
 
     def wait_for_all(self, connection: Connection) -> None:
         """Wait until all that any server had to append before has been read here.
@@ -3176,25 +3189,24 @@ class RedisLog(Log):
         if not self.wait_for_room(connection):
             return
         end = math.inf
-        with self._ask({}) as (answers, missing):
-            while (missing() and time.monotonic() < end and connection.state is SUBSCRIBED
-                   and not self.stopping.is_set()):
-                connection.pause(0.01)
-                if end == math.inf and self.id.decode() in answers:
+        with self._ask({}) as question:
+            while (question.missing() and (left := end - time.monotonic()) > 0
+                   and connection.state is SUBSCRIBED and not self.stopping.is_set()):
+                connection.pause(left, question.answered)
+                question.answered.clear()
+                if end == math.inf and self.id.decode() not in question.missing():
                     end = time.monotonic() + _ANSWERED_TIME
 
     @contextlib.contextmanager
-    def _ask(self, whom: Mapping[str, str]) -> Iterator[
-            tuple[dict[str, int], Callable[[], set[str]]]]:
-        # Asks all servers to end connections. Gives what they answer, and who is still to answer.
+    def _ask(self, whom: Mapping[str, str]) -> Iterator[_Question]:
         # Our own answer is waited for, too. Where no other server is known, nothing else would
         # show that the question is in the log, to be found by those that are not known.
-        known = {about["id"] for about in self._living()} | {self.id.decode()}
-        ask, answers = uuid.uuid4().hex, dict[str, int]()
-        self.asked[ask] = answers
+        question = _Question({about["id"] for about in self._living()} | {self.id.decode()})
+        ask = uuid.uuid4().hex
+        self.asked[ask] = question
         self.outbox.put(self._make_entry(b"end", {"ask": ask, "whom": whom}))
         try:
-            yield answers, lambda: known - answers.copy().keys()  # the read thread fills it
+            yield question
         finally:
             del self.asked[ask]
 
@@ -3596,7 +3608,9 @@ class RedisLog(Log):
         if entry.kind == b"heartbeat":
             self._receive_heartbeat(entry.server, value)
         elif entry.kind == b"ended":
-            self.asked.get(value["ask"], {})[entry.server.decode()] = value["count"]
+            if question := self.asked.get(value["ask"]):
+                question.answers[entry.server.decode()] = value["count"]
+                question.answered.set()
         elif not self.ready.is_set():  # it was asked before our time
             pass
         elif not value["whom"]:  # wait_for_all()
@@ -3989,7 +4003,7 @@ class WebSocket(Subscriber):
             raise Refused("a message may subscribe or unsubscribe, not both")
         if "subscribe" not in value:
             names = check_names(value["unsubscribe"])
-            if not names and ref:
+            if not names and ref and self.key.write:
                 self.asked = names, None, ref
                 return
             self.batch.deliver()  # acknowledgements come first, but for those of Redis
@@ -4009,6 +4023,7 @@ class WebSocket(Subscriber):
         if self.asked:
             (names, past, ref), self.asked = self.asked, None
             if past is None:
+                self.connection.pause(self.connection.charge(10))  # all servers have work with it
                 self.server.log.wait_for_all(self.connection)
                 self.connection.put(encode_answer({"unsubscribed": {"channels": []}}, ref))
                 return

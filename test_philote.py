@@ -5235,9 +5235,27 @@ def test_a_client_that_comes_back_does_not_wait_long_for_a_server_that_was_kille
     with serving(REDIS_URL=store.url) as command:
         wait_until(lambda: len(cluster_of(pair[0])["servers"]) == 3)
         command.kill()
-    with RawClient(pair[0], ["a"], query="?since=now") as client:
-        assert client.receive()["connected"]
-        assert client.ask(unsubscribe=[]) == {"unsubscribed": {"channels": []}}
+    with RawClient(pair[0], write=["a"]) as client:
+        assert client.ask(unsubscribe=[], ref="r") == {
+            "unsubscribed": {"channels": []}, "ref": "r"}
+
+
+def test_to_ask_whether_the_log_holds_all_is_for_who_publishes_and_not_without_end(store, hasty):
+    with running(redis_url=store.url) as server:
+        with RawClient(server, write=["a"]) as writer, RawClient(server, ["a"]) as reader:
+            before, begun = totals(server)["redis_written"], time.monotonic()
+            for _ in range(20):
+                assert "unsubscribed" in reader.ask(unsubscribe=[], ref="r")
+            assert totals(server)["redis_written"] < before + 20
+            for _ in range(20):
+                assert "unsubscribed" in writer.ask(unsubscribe=[], ref="r")
+            assert totals(server)["redis_written"] >= before + 40
+            assert time.monotonic() > begun + 0.8  # 10 at once, and then 10 a second
+            store.kill()
+            writer.send(frame(1, json.dumps({"unsubscribe": [], "ref": "late"})))
+            assert reader.ask(unsubscribe=[], ref="r")["ref"] == "r"
+            store.start()
+            assert writer.receive()["ref"] == "late"
 
 
 def receive_new(client, count):
