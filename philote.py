@@ -4025,7 +4025,8 @@ class WebSocket(Subscriber):
             if past is None:
                 self.connection.pause(self.connection.charge(10))  # all servers have work with it
                 self.server.log.wait_for_all(self.connection)
-                self.connection.put(encode_answer({"unsubscribed": {"channels": []}}, ref))
+                if not self.server.stopping.is_set():  # or it has not waited for all
+                    self.connection.put(encode_answer({"unsubscribed": {"channels": []}}, ref))
                 return
             if past.resumable and not self.encoder.with_ids:
                 self.server.log.add_ids(self)
@@ -5802,9 +5803,10 @@ class _Request:
         self.awaited = awaited  # whether somebody waits for the answer
         self.link: _Link | None = None  # the connection that it was sent on last
         self.answer: dict[str, Any] | PhiloteError | None = None
-        # Of a subscription: the ids of messages that came before its answer. The same may come once
-        # more: for another subscription that is not answered yet, or for this one, if it is sent
-        # again because the connection was lost.
+        # Of a subscription: its channels, and the ids of their messages that came before its
+        # answer. The same may come once more: for another subscription that is not answered yet, or
+        # for this one, if it is sent again because the connection was lost.
+        self.names = Names(value.get("subscribe", ()))
         self.brought: set[str] = set()
 
     @functools.cached_property
@@ -6157,7 +6159,12 @@ class Client:
         # larger, since servers limit a message.
         later: list[list[str]] = []
         room, size = _LONGEST_QUERY - len(urllib.parse.urlencode(parameters)), _LONGEST_QUERY
-        for name in sorted(self._channels or ()):
+        with self._lock:  # those that are asked for already, from where they were left
+            joining = {name for request in self._joining() for name in request.names}
+        names = {*(self._channels or ())} - joining
+        if joining and not names:  # the query has to name one
+            parameters.append(("channel", min(joining)))
+        for name in sorted(names):
             if (needed := len(urllib.parse.urlencode({"channel": name})) + 1) <= room:
                 parameters.append(("channel", name))
                 room -= needed
@@ -6216,9 +6223,10 @@ class Client:
                 self._position = begin["id"]
             self._join_later(later, past, begin)
             # The channels of unanswered messages that this connection does not bring, see step 2.
-            unseen = sorted({request.value["channel"] for request in self._requests.values()
-                             if "channel" in request.value
-                             and not names.cover(request.value["channel"])})
+            written: list[Any] = [request.value.get("channel")
+                                  for request in self._requests.values()]
+            unseen = sorted({name for name in filter(_is_name, written)  # a program may write any
+                             if name[-1] != "*" and not names.cover(name)})
             # Who follows no channels at all (channels=[]) cannot say so in the query: without names
             # there, the server joins all that the token may read.
             leave = [*names] if self._channels is not None and not self._channels else []
@@ -6247,13 +6255,10 @@ class Client:
             past = {"since": begin["id"]}
         elif not begin["resumed"]:
             past = {"last": past["last"]}
-        # Not if an earlier connection has left the same request unanswered.
-        unanswered = [request.value["subscribe"] for request in self._joining()]
         # In front of all others: one may be to leave such a channel again.
         others, self._requests = self._requests, {}
         for part in parts:
-            if part not in unanswered:
-                self._add_request(_Request({"subscribe": part, **past}, False))
+            self._add_request(_Request({"subscribe": part, **past}, False))
         self._requests |= others
 
     def _look_for_ours(self, link: _Link, values: list[dict[str, Any]]) -> None:
@@ -6401,15 +6406,15 @@ class Client:
                         and request.data == data and request.link not in (None, self._link)), ""),
                         {"published": {"id": message.id}})
                 return
-            for request in self._subscribing:
+            bringing = [request for request in self._subscribing
+                        if request.names.cover(message.channel)]
+            for request in bringing:
                 if message.id in request.brought:
                     return
                 request.brought.add(message.id)
             # Channels that nobody follows are joined in step 2 to find messages of ours there;
             # those of others are dropped.
-            if not self._joined().cover(message.channel) and not any(
-                    Names(request.value["subscribe"]).cover(message.channel)
-                    for request in self._subscribing):
+            if not bringing and not self._joined().cover(message.channel):
                 return
         self._put(message, size)
 
@@ -6461,7 +6466,8 @@ class Client:
                           if request.link is not link]
                 for _, request in unsent:
                     # Some of the last messages may have come, and others are the last by now.
-                    if request.link and request.brought and "last" in request.value:
+                    if (request.link and request.brought and "last" in request.value
+                            and "since" not in request.value):
                         self._put(Gap(), 0)
                     request.link = link
                 self._caught_up = not unsent

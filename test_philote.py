@@ -6644,11 +6644,13 @@ def test_a_channel_that_was_to_be_joined_later_can_be_left_before(server, proxy,
         wait_until(lambda: server.log.joined.keys() == {"a"})
 
 
-def test_a_gap_is_told_where_the_last_messages_are_asked_for_again(quick):
+@pytest.mark.parametrize("channel, gaps", [("a", 1), ("b", 0)])  # of which some have come
+def test_a_gap_is_told_where_the_last_messages_are_asked_for_again(quick, channel, gaps):
     def bring(end):
         value = json.loads(end.hear()[0][1])
         assert value["last"] == 2
-        end.send(plain(1, stamped("first", id="2-0")))
+        end.send(plain(1, json.dumps(
+            {"issuer": "i", "channel": channel, "id": "2-0", "data": "first"})))
         time.sleep(0.2)
 
     def bring_others(end):
@@ -6661,7 +6663,44 @@ def test_a_gap_is_told_where_the_last_messages_are_asked_for_again(quick):
 
     with answering(bring, bring_others) as url, philote.Client(url, channels=["b"]) as client:
         client.subscribe("a", last=2)
-        assert receive_until(client, 3) == (["first", "x", "y"], 1)
+        assert receive_until(client, 3) == (["first", "x", "y"], gaps)
+
+
+def test_a_channel_that_is_asked_for_already_is_not_asked_for_again(quick, monkeypatch):
+    def lose(end):
+        end.send(end.upgrade + plain(1, stamped(0, id="1700000000000-0")))
+        end.read_frame()
+
+    def take(end):
+        asked.append(end.head.split()[1])
+        value = end.welcome()
+        while "subscribe" in value:
+            asked.append((value["subscribe"], value["since"]))
+            value = json.loads(end.read_frame()[1])
+        end.acknowledge(value, "1700000000000-1")
+        end.answer_close()
+
+    asked, names = [], ["a", "b" * 30, "c"]
+    monkeypatch.setattr(philote, "_LONGEST_QUERY", 60)  # internal: at first all but c fit
+    with answering(lose, take) as url, philote.Client(url, channels=names) as client:
+        assert client.receive(PATIENCE).data == 0
+        wait_until(lambda: asked)
+        client.publish("a", "x", wait=True)
+    assert asked == [b"/?since=1700000000000-0&channel=a",
+                     (names[1:2], "1700000000000-0"), (["c"], "1-0")]
+
+
+@pytest.mark.parametrize("channel", [5, ["a"], "", "a*", "\ud800", None], ids=repr)
+def test_a_cut_does_not_make_more_of_a_channel_that_no_server_takes(server, proxy, channel):
+    with philote.Client(proxy.url, make_token(["a"], ["a"])) as client:
+        proxy.flows.clear()
+        client.publish(channel, "x")
+        proxy.cut()
+        proxy.flows.set()
+        client.publish("a", 1, wait=True)
+        with pytest.raises(philote.Forbidden, match="channel|pattern|surrogate"):
+            client.receive(PATIENCE)
+        assert client.receive(0.05) is None
 
 
 @with_settings(max_message_size=8192)
