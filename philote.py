@@ -6155,25 +6155,7 @@ class Client:
         since = self._behind or self._position
         past = {"since": since} if since else self._past
         parameters = [*past.items()]
-        # Channels that do not fit into the query: _begin() joins them, by requests that are no
-        # larger, since servers limit a message.
-        later: list[list[str]] = []
-        room, size = _LONGEST_QUERY - len(urllib.parse.urlencode(parameters)), _LONGEST_QUERY
-        with self._lock:  # those that are asked for already, from where they were left
-            joining = {name for request in self._joining() for name in request.names}
-        names = {*(self._channels or ())} - joining
-        if joining and not names:  # the query has to name one
-            parameters.append(("channel", min(joining)))
-        for name in sorted(names):
-            if (needed := len(urllib.parse.urlencode({"channel": name})) + 1) <= room:
-                parameters.append(("channel", name))
-                room -= needed
-                continue
-            size += len(json.dumps(name)) + 2
-            if size > _LONGEST_QUERY:  # `size` is that of the last of them
-                later.append([])
-                size = len(json.dumps(name)) + 2
-            later[-1].append(name)
+        later = self._add_channels(parameters)
         if later and not past:  # _begin() asks for these, and it needs a connection with ids
             past = {"since": "now"}
             parameters += past.items()
@@ -6197,6 +6179,28 @@ class Client:
                                    "without them") from None
             raise
         return link
+
+    def _add_channels(self, parameters: list[tuple[str, Any]]) -> list[list[str]]:
+        # Adds channels to a query. Returns those that do not fit: _begin() joins them, by requests
+        # that are no larger, since servers limit a message.
+        later: list[list[str]] = []
+        room, size = _LONGEST_QUERY - len(urllib.parse.urlencode(parameters)), _LONGEST_QUERY
+        with self._lock:  # those that are asked for already, from where they were left
+            joining = {name for request in self._joining() for name in request.names}
+        names = {*(self._channels or ())} - joining
+        if joining and not names:  # the query has to name one
+            parameters.append(("channel", min(joining)))
+        for name in sorted(names):
+            if (needed := len(urllib.parse.urlencode({"channel": name})) + 1) <= room:
+                parameters.append(("channel", name))
+                room -= needed
+                continue
+            size += len(json.dumps(name)) + 2
+            if size > _LONGEST_QUERY:  # `size` is that of the last of them
+                later.append([])
+                size = len(json.dumps(name)) + 2
+            later[-1].append(name)
+        return later
 
     def _open(self, parameters: Sequence[tuple[str, Any]]) -> _Link:
         token = self._token() if callable(self._token) else self._token
