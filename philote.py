@@ -7690,12 +7690,13 @@ export class Philote extends EventTarget {
     const holders = [claims, ...Object.values(claims)].filter(claim => Array.isArray(claim?.read));
     /** @type {string[]} */
     const rights = holders.length === 1 ? holders[0].read.map(String) : [];
+    const mayName = this.#failures % 4 < 3;
     query.set("since", this.#position || "now");
     // The server takes 8 KiB of path and query, and the token comes into them as well.
     const room = Math.min(LONGEST_QUERY, 8_000 - url.pathname.length - token.length);
     const joined = [...this.#subscriptions].filter(subscription => subscription.cursor);
     for (const name of new Set(joined.map(subscription => subscription.name))) {
-      if (this.#failures % 4 < 3 && rights.some(right => covers(right, name))
+      if (mayName && rights.some(right => covers(right, name))
           && String(query).length + sizeOf(name) < room) {
         query.append("channel", name);
       }
@@ -7714,7 +7715,7 @@ export class Philote extends EventTarget {
       // names one that the token allows (for a pattern, a channel that nobody uses), and #begin()
       // leaves it again.
       const [shortest] = rights.sort((a, b) => sizeOf(a) - sizeOf(b));
-      if (rights.length && this.#failures % 4 < 3) {
+      if (mayName && rights.length) {
         query.set("channel", shortest.replace(/\*$/, String(Math.random())));
       }
     }
@@ -7789,8 +7790,9 @@ export class Philote extends EventTarget {
   #watch() {
     clearTimeout(this.#timer);
     // Where the clock was set back, the deadline would be too far off.
-    this.#deadline = Math.min(this.#deadline, Date.now() + this.#patience);
-    const left = this.#deadline - Date.now();
+    const now = Date.now();
+    this.#deadline = Math.min(this.#deadline, now + this.#patience);
+    const left = this.#deadline - now;
     if (left <= 0) {
       this.#end(1006, "the server is silent");
     } else if (left < Infinity) {

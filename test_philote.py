@@ -5776,6 +5776,15 @@ class ServerEnd:
         """Answer a message."""
         self.send(plain(1, json.dumps({"published": {"ref": value["ref"], "id": id}})))
 
+    def take_subscriptions(self, asked, id):
+        """Welcome a client, note what it asks for, acknowledge the message behind; serve on."""
+        value = self.welcome()
+        while "subscribe" in value:
+            asked.append((value["subscribe"], value["since"]))
+            value = json.loads(self.read_frame()[1])
+        self.acknowledge(value, id)
+        self.answer_close()
+
     def take(self, id="4-0"):
         """Welcome a client, acknowledge what it sends again, and serve until it closes."""
         value = self.welcome()
@@ -6482,6 +6491,13 @@ def test_a_cut_before_it_is_known_what_was_published_does_not_hide_it(quick):
     assert asked == ["1-0", "1-0"]
 
 
+def lose_answers(client):
+    """Let nothing of a client's connection reach it any more; returns that connection."""
+    first, take = client._link, client._take  # internal
+    client._take = lambda link, *arguments: link is first or take(link, *arguments)
+    return first
+
+
 @pytest.mark.parametrize("order", ["xy", "yx", "xyxy", "yyxx", "sx"])  # s may not be read
 @pytest.mark.parametrize("most", [1, 1000])
 def test_what_a_client_published_is_known_of_each_channel(server, quick, monkeypatch, order, most):
@@ -6489,9 +6505,7 @@ def test_what_a_client_published_is_known_of_each_channel(server, quick, monkeyp
     token = make_token("xy", "xys")
     with philote.Client(url_of(server), token) as reader:
         with philote.Client(url_of(server), token, ["y"]) as client:
-            first, take = client._link, client._take
-            # The answers of the first connection are lost.
-            client._take = lambda link, *arguments: link is first or take(link, *arguments)
+            first = lose_answers(client)
             publish_each(client, order)
             wait_until(lambda: totals(server)["published"] == len(order))
             first.abort()
@@ -6505,9 +6519,7 @@ def test_a_client_looks_through_more_channels_than_it_may_have_joined(server, qu
     names, token = [f"a{number:03}" * 10 for number in range(200)], make_token(["*"], ["*"])
     with philote.Client(url_of(server), token, ["*"]) as reader, \
             philote.Client(url_of(server), token, ["b"]) as client:
-        first, take = client._link, client._take
-        # The answers of the first connection are lost.
-        client._take = lambda link, *arguments: link is first or take(link, *arguments)
+        first = lose_answers(client)
         publish_each(client, names)
         wait_until(lambda: totals(server)["published"] == len(names))
         first.abort()
@@ -6580,17 +6592,10 @@ def test_a_message_that_two_servers_published_acknowledges_none_behind_it(quick,
 @pytest.mark.parametrize("since", ["now", "10m", "1-0"])
 def test_a_channel_is_joined_later_once_however_many_connections_were_lost_before(
         quick, monkeypatch, since):
-    def take(end):
-        value = end.welcome()
-        while "subscribe" in value:
-            asked.append((value["subscribe"], value["since"]))
-            value = json.loads(end.read_frame()[1])
-        end.acknowledge(value, "2-0")
-        end.answer_close()
-
     asked = []
     monkeypatch.setattr(philote, "_LONGEST_QUERY", 0)  # internal
-    with answering(ServerEnd.hear, ServerEnd.hear, take) as url, philote.Client(
+    with answering(ServerEnd.hear, ServerEnd.hear,
+                   lambda end: end.take_subscriptions(asked, "2-0")) as url, philote.Client(
             url, channels=["a"], since=since) as client:
         wait_until(lambda: asked)
         assert client.position == "1-0"
@@ -6673,12 +6678,7 @@ def test_a_channel_that_is_asked_for_already_is_not_asked_for_again(quick, monke
 
     def take(end):
         asked.append(end.head.split()[1])
-        value = end.welcome()
-        while "subscribe" in value:
-            asked.append((value["subscribe"], value["since"]))
-            value = json.loads(end.read_frame()[1])
-        end.acknowledge(value, "1700000000000-1")
-        end.answer_close()
+        end.take_subscriptions(asked, "1700000000000-1")
 
     asked, names = [], ["a", "b" * 30, "c"]
     monkeypatch.setattr(philote, "_LONGEST_QUERY", 60)  # internal: at first all but c fit
@@ -8340,6 +8340,11 @@ window.WebSocket = class {
   send(text) { sent.push(JSON.parse(text)); }
   close() {}
 };
+window.lose = async () => {
+  const lost = socket;
+  lost.onclose({ code: 1006, reason: "" });
+  while (socket === lost) await new Promise(done => setTimeout(done, 5));
+};
 window.hear = value => socket.onmessage({ data: JSON.stringify(value) });
 window.hearOf = (id, channel) => hear({ id, issuer: "", channel, data: id });
 window.begin = (id = "9-0", resumed = true, ping = 0) => hear({
@@ -8594,29 +8599,18 @@ def test_what_is_followed_later_begins_later_though_the_connection_is_cut(tab):
     assert scripted(tab, """
       begin();
       follow("b");
-      const lost = socket;
-      lost.onclose({ code: 1006, reason: "" });
-      while (socket === lost) await new Promise(done => setTimeout(done, 5));
+      await lose();
       begin();
       return sent.map(({ subscribe, since }) => [...subscribe, since ?? "now"]);
     """, "a", since="3-0") == [["a", "3-0"], ["b", "now"]] * 2
 
 
-FAIL_THRICE = """
-  for (let count = 0; count < 3; count++) {
-    const lost = socket;
-    lost.onclose({ code: 1006, reason: "" });
-    while (socket === lost) await new Promise(done => setTimeout(done, 5));
-  }
-"""
-
-
 def test_the_position_moves_on_only_when_what_was_missed_has_come(tab):
-    assert scripted(tab, f"""
+    assert scripted(tab, """
       begin();
       joined();
-      hear({{ id: "12-0" }});
-      {FAIL_THRICE}
+      hear({ id: "12-0" });
+      for (let count = 0; count < 3; count++) await lose();
       begin("20-0");
       const before = philote.position;
       joined("20-0");
