@@ -6421,10 +6421,11 @@ class Proxy:
                 sock.shutdown(socket.SHUT_RDWR)
 
     def cut(self):
-        while self.pairs:
-            for sock in self.pairs.pop():
-                with contextlib.suppress(OSError):
-                    sock.shutdown(socket.SHUT_RDWR)
+        pairs = self.pairs[:]  # who comes back meanwhile is not cut again
+        del self.pairs[:len(pairs)]
+        for sock in itertools.chain(*pairs):
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
 
 
 @pytest.fixture
