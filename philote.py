@@ -94,6 +94,7 @@ from __future__ import annotations
 
 import _thread
 import argparse
+import atexit
 import base64
 import bisect
 import collections
@@ -7302,6 +7303,11 @@ class _CommandClient(Client):
     def __init__(self, arguments: argparse.Namespace, channels: Sequence[str],
                  writes: Sequence[str] = (), **options: Any) -> None:
         self.arguments = arguments
+        # Python looks for a signal before a system call, and when one interrupts it. One between
+        # the two would be noticed when the call returns. So SIGALRM interrupts it, each second.
+        signal.signal(signal.SIGALRM, lambda *_: None)
+        signal.setitimer(signal.ITIMER_REAL, 1, 1)
+        atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)  # before Python lets go of SIGALRM
         # `philote publish` follows no channel (channels=()). But a token made here allows reading
         # the one that it writes: who comes back finds out which of the messages have arrived (see
         # step 2 in the section "client").

@@ -14,6 +14,7 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import ctypes
 import datetime
 import errno
 import fcntl
@@ -8105,6 +8106,19 @@ def test_only_what_reads_standard_input_needs_it(server, reader):
     assert reader.receive()["data"] == "x"
     for words in ("publish", "a"), ("token", "--check", "-"):
         fails(*words, says="there is no standard input", **closed)
+
+
+@with_settings(ping_interval=0)
+@pytest.mark.parametrize("word", ["publish", "subscribe"])
+def test_a_signal_that_wakes_nobody_is_noticed(server, word):
+    """As one that comes just before the read() that waits; here another thread gets it."""
+    with Command(word, "a", **at(server)) as command:
+        wait_until(lambda: server.admission.connections())
+        wait_until(lambda: len(os.listdir(f"/proc/{command.pid}/task")) == 2)
+        time.sleep(0.3)  # it has begun to wait
+        other, = {*os.listdir(f"/proc/{command.pid}/task")} - {str(command.pid)}
+        assert ctypes.CDLL(None).tgkill(command.pid, int(other), signal.SIGINT) == 0
+        assert command.end() == (0, "", "")
 
 
 @pytest.mark.parametrize("finish", [
