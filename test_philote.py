@@ -2661,8 +2661,10 @@ def test_a_quiet_stream_gets_a_comment_now_and_then(server):
     with Follower(server) as follower:
         assert [follower.read_event() for _ in range(3)] == [[b":\n"]] * 3
         publish(server, {"channel": "a", "data": "x"})
-        events = [follower.read_event() for _ in range(9)]
-        assert sum(event[0].startswith(b"data: ") for event in events) == 1
+        while (event := follower.read_event()) == [b":\n"]:  # as many as fit in before
+            pass
+        assert event[0].startswith(b"data: ")
+        assert [follower.read_event() for _ in range(3)] == [[b":\n"]] * 3
         assert subscriber_count(server) == 1
 
 
