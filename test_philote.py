@@ -4166,18 +4166,17 @@ def test_the_history_is_told_over_http():
 
 
 def test_a_quiet_client_is_told_its_position():
-    with running(ping_interval=0.4) as server, Returner(server, ["a"]) as client, \
+    with running(ping_interval=2) as server, Returner(server, ["a"]) as client, \
             Follower(server, ["a"], "?since=now") as stream, RawClient(server, ["a"]) as plain:
         stream.read_event()
         wanted, = publish_to(server, "z")
-        while client.receive() != {"id": wanted}:
-            pass
-        assert stream.read_event() == [b"id: %b\n" % wanted.encode()]
+        wait_until(lambda: client.receive() == {"id": wanted})
+        wait_until(lambda: stream.read_event() == [b"id: %b\n" % wanted.encode()])
         assert plain.read_frame()[0] == 9
 
 
 def test_a_quiet_client_that_publishes_is_told_its_position_as_well():
-    with running(ping_interval=0.5) as server, Returner(server, ["a"], write=["b"]) as client:
+    with running(ping_interval=2) as server, Returner(server, ["a"], write=["b"]) as client:
         def is_told():
             client.send(frame(1, json.dumps({"channel": "b", "ref": "r"})))
             return [*client.receive()] == ["id"]
@@ -4186,7 +4185,7 @@ def test_a_quiet_client_that_publishes_is_told_its_position_as_well():
 
 
 def test_a_quiet_client_that_pings_is_told_its_position_as_well():
-    with running(ping_interval=0.5) as server, Returner(server, ["a"]) as client:
+    with running(ping_interval=2) as server, Returner(server, ["a"]) as client:
         wanted, = publish_to(server, "z")
 
         def is_told():
