@@ -7155,7 +7155,10 @@ def test_a_server_that_is_dead_is_noticed_within_two_heartbeats(quick):
 @pytest.mark.parametrize("frames, error, says", [
     (b"", TimeoutError, "does not answer"),
     (plain(1, stamped("x")), philote.PhiloteError, "does not know of positions")], ids=short)
-def test_a_server_that_knows_no_positions_is_named(impatient, frames, error, says):
+def test_a_server_that_knows_no_positions_is_named(request, frames, error, says):
+    if error is TimeoutError:
+        request.getfixturevalue("impatient")
+
     def script(end):
         end.send(end.bare_upgrade + frames)
         end.answer_close()
@@ -7178,7 +7181,6 @@ def test_what_nobody_receives_is_bounded_and_ends_in_a_gap(server, monkeypatch):
 
 def test_a_publisher_waits_where_too_much_is_not_acknowledged(monkeypatch, quick):
     monkeypatch.setattr(philote, "_MOST_ASKED", 10)
-    monkeypatch.setattr(philote, "_ANSWER_TIME", 0.5)
     sent = []
 
     def publish_numbers():
@@ -7190,6 +7192,7 @@ def test_a_publisher_waits_where_too_much_is_not_acknowledged(monkeypatch, quick
         client = philote.Client(url, GOOD)
         with background(publish_numbers):
             wait_until(lambda: len(sent) == 10)
+            monkeypatch.setattr(philote, "_ANSWER_TIME", 0.5)
             with pytest.raises(philote.ConnectionClosed, match="10 messages were not"):
                 client.close()
     assert len(sent) == 10
@@ -7308,18 +7311,22 @@ def test_a_server_that_does_not_answer_is_an_oserror_in_time(impatient, answer):
         over.set()
 
 
-def test_a_server_that_pings_for_ever_does_not_hold_up_close(impatient):
+def test_a_server_that_pings_for_ever_does_not_hold_up_close(request):
     def script(end):
         end.send(end.upgrade)
         while True:
             end.send(plain(9), b"")
 
     with answering(script) as url:
-        plain_client(url).close()
+        client = plain_client(url)
+        request.getfixturevalue("impatient")
+        client.close()
 
 
-def test_a_client_that_closes_without_a_thread_for_that_is_closed(server, impatient):
-    client, size = plain_client(url_of(server), GOOD), threading.stack_size(1 << 46)
+def test_a_client_that_closes_without_a_thread_for_that_is_closed(server, request):
+    client = plain_client(url_of(server), GOOD)
+    request.getfixturevalue("impatient")
+    size = threading.stack_size(1 << 46)
     try:
         client.close()
     finally:
