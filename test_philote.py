@@ -2017,7 +2017,7 @@ def test_over_the_rate_a_publisher_is_read_later_and_loses_nothing(server, reade
         writer.send(b"".join(text("a", str(i)) for i in range(40)))
         calm.publish("b", "not delayed")
         assert other.receive()["data"] == "not delayed"
-        assert totals(server)["published"] < 41
+        assert totals(server)["published"] < 41 or time.monotonic() - start > 0.9
         assert reader.receive_data(40) == [str(i) for i in range(40)]
         assert time.monotonic() - start > 0.9  # 20 at once, then 20 a second: a limit, not a speed
 
@@ -2419,10 +2419,13 @@ def test_half_a_request_and_an_end_is_closed_and_publishes_nothing(server, undis
 
 
 @with_settings(max_message_rate=20)
-def test_messages_over_http_beyond_the_rate_come_later_and_delay_nobody_else(server, reader):
+def test_messages_over_http_beyond_the_rate_come_later_and_delay_nobody_else(
+        server, reader, monkeypatch):
+    waits, go = hold(monkeypatch, philote.Connection, "pause")
     with background(lambda: publish(server, [{"channel": "a", "data": "many"}] * 60)):
-        wait_until(lambda: totals(server)["received"])
+        assert waits.wait(PATIENCE)
         publish(server, {"channel": "a", "data": "one"})
+        go.set()
         received = reader.receive_data(61)
     assert sorted(received) == ["many"] * 60 + ["one"] and received[-1] == "many"
 
