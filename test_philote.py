@@ -3205,10 +3205,20 @@ def hold(monkeypatch, owner, name, matches=lambda *arguments: True, at_end=False
     return waits, go
 
 
+def let_time_pass(server):
+    """Let the only connection's request be late, of which some has come; returns its handler."""
+    wait_until(lambda: [c for c in server.admission.connections() if c.handler and c.handler.begun])
+    connection, = server.admission.connections()
+    connection.handler.deadline = time.monotonic()  # internal
+    server.poller.call_at(connection, connection.handler.deadline)
+    return connection.handler
+
+
 def test_a_deadline_that_passed_too_late_does_not_touch_an_upgrade(monkeypatch):
     waits, go = hold(monkeypatch, philote.HTTPError, "response", lambda error: error.status == 408)
-    with running(request_timeout=1) as server, dial(server) as sock, sock.makefile("rb") as file:
+    with running() as server, dial(server) as sock, sock.makefile("rb") as file:
         sock.sendall(upgrade()[:-2])
+        let_time_pass(server)
         assert waits.wait(PATIENCE)  # the poller has decided that it is too late
         sock.sendall(b"\r\n")
         assert read_response(file)[0] == 101
@@ -3219,15 +3229,17 @@ def test_a_deadline_that_passed_too_late_does_not_touch_an_upgrade(monkeypatch):
 
 def test_a_request_that_came_whole_in_the_last_moment_leaves_a_deadline_to_the_next(monkeypatch):
     waits, go = hold(monkeypatch, philote.HTTPError, "response", lambda error: error.status == 408)
-    with running(request_timeout=1) as server, dial(server) as sock, sock.makefile("rb") as file:
+    with running() as server, dial(server) as sock, sock.makefile("rb") as file:
         request = http_request("GET", "/health")
         sock.sendall(request[:-2])
+        handler = let_time_pass(server)
         assert waits.wait(PATIENCE)
         answering, answer = hold(monkeypatch, philote.HTTPHandler, "_answer")
         sock.sendall(request[-2:])
         assert answering.wait(PATIENCE)
         go.set()  # the deadline finds that it is too late
         wait_until(lambda: server.poller.deadlines)
+        handler.timeout = 0.5  # internal: for the next request, which does not come
         answer.set()
         assert [read_response(file)[0], file.read()] == [200, b""]  # nothing follows: it is cut off
 
