@@ -5224,13 +5224,16 @@ def test_what_waits_for_redis_is_not_published_again_by_a_client_that_comes_back
     with RawClient(pair[1], ["a"]) as reader, Proxy(pair[0]) as proxy, \
             philote.Client(proxy.url, make_token(["a"], ["a"]), []) as client:
         client.publish("a", 0, wait=True)
-        store.do("CLIENT", "PAUSE", 700, "ALL")
+        store.do("CLIENT", "PAUSE", 1000 * PATIENCE, "WRITE")
         for i in range(1, 50):  # some are on their way to Redis, and others wait behind these
             client.publish("a", i)
             time.sleep(0.002)
         wait_until(lambda: len(pair[0].log.outbox.entries) > 1)
         proxy.server = pair[moves]
         proxy.cut()
+        wait_until(lambda: proxy.count == 2)
+        time.sleep(0.3)  # it asks for what it missed
+        store.do("CLIENT", "UNPAUSE")
         client.publish("a", 50, wait=True)
         assert proxy.count == 2
         assert reader.receive_data(51) == [*range(51)] and reader.is_quiet()
