@@ -995,7 +995,9 @@ def test_the_keys_of_a_provider_are_for_what_their_kind_and_id_say(provider, mon
                 assert (status, json.loads(body)["reason"][:len(reason)]) == (401, reason)
 
 
-def test_the_provider_is_asked_once_a_minute_however_many_keys_nobody_knows(provider):
+def test_the_provider_is_asked_once_a_minute_however_many_keys_nobody_knows(
+        provider, monkeypatch):
+    monkeypatch.setattr(philote, "_FETCH_TIME", 4 * PATIENCE)  # only a limit, for a slow machine
     tokens = [signed("rsa2048", "RS256", f"{number}") for number in range(20)]
     go_on = provider.hang()
     with running(secret="", public_keys=provider.url) as server, \
@@ -1075,10 +1077,10 @@ def test_a_provider_that_draws_out_its_answer_is_asked_again_and_its_late_one_no
         provider, monkeypatch, caplog):
     monkeypatch.setattr(philote, "_FETCH_PAUSE", 0)
     with trusting(provider) as server:
-        monkeypatch.setattr(philote, "_LONGEST_FETCH", 0)
-        go_on, over = threading.Event(), threading.Event()
+        begun, go_on, over = threading.Event(), threading.Event(), threading.Event()
 
         def drip(handler, answer=provider.answer):
+            begun.set()
             handler.wfile.write(b"HTTP/1.0 200 OK\r\nX: ")
             while not go_on.wait(0.05):
                 handler.wfile.write(b"y")
@@ -1088,9 +1090,12 @@ def test_a_provider_that_draws_out_its_answer_is_asked_again_and_its_late_one_no
             over.set()
 
         provider.answer, count = drip, provider.count
+        server.keys.reload()
+        assert begun.wait(PATIENCE)
         with monkeypatch.context() as patch:
-            patch.setattr(philote, "_FETCH_TIME", 1)
+            patch.setattr(philote, "_FETCH_TIME", 0.5)
             assert enter(server, "another")[0] == 503
+        monkeypatch.setattr(philote, "_LONGEST_FETCH", 0)
         provider.answer = KeyServer.tell(jwk("rsa2048", "another"))
         assert enter(server, "another") == (200, "") and provider.count == count + 2
         go_on.set()
@@ -1111,6 +1116,7 @@ def test_keys_of_this_machine_are_not_asked_for_through_a_proxy(provider):
 
 def test_while_one_waits_for_the_provider_nobody_else_does(provider, monkeypatch, caplog):
     monkeypatch.setattr(philote, "_FETCH_PAUSE", 0)
+    monkeypatch.setattr(philote, "_FETCH_TIME", 4 * PATIENCE)  # only a limit, for a slow machine
     with trusting(provider) as server, dial(server) as waiting, dial(server) as gone:
         go_on, count = provider.hang(), provider.count
         for sock in (waiting, gone):
