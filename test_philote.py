@@ -9014,7 +9014,7 @@ def test_the_console_asks_for_the_state_of_the_server_once_at_a_time(console):
     console.evaluate("""() => {
       const wait = setTimeout;
       window.looks = 0;
-      window.setTimeout = (work, ms) => { looks += ms === 2000; return wait(work, ms); };
+      window.setTimeout = (work, ms) => ms === 2000 ? looks++ : wait(work, ms);
     }""")
     console.route("**/api/info", lambda route: held.append(route))
     console.get_by_label("Token").fill(API)
