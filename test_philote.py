@@ -3768,7 +3768,8 @@ def test_the_client_with_the_most_pending_connections_has_to_make_room(behind_a_
             assert read_response(file)[0] == 200
         return sock
 
-    with running(max_connections=1) as server, contextlib.ExitStack() as stack:
+    with running(max_connections=1, request_timeout=4 * PATIENCE) as server, \
+            contextlib.ExitStack() as stack:
         first = come("127.0.0.1", "10.0.0.1")
         wait_until(lambda: pending_count(server) == 1)
         for _ in range(200):
