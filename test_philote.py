@@ -3680,9 +3680,10 @@ def test_who_hangs_up_while_it_has_to_wait_holds_no_place(server, undisturbed, m
 
 def test_one_connection_writes_a_line_a_second_at_most(writer, caplog):
     caplog.set_level(logging.INFO)
+    begun = time.monotonic()
     writer.send(frame(1, "{") * 90)
     assert [writer.receive()["error"] for _ in range(90)] == ["bad_message"] * 90
-    assert 1 <= caplog.text.count("message dropped") <= 3
+    assert 1 <= caplog.text.count("message dropped") <= 2 + time.monotonic() - begun
 
 
 @with_settings(ping_interval=1.5, max_queue_size=1 << 24)
