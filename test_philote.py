@@ -5878,9 +5878,11 @@ def certificate(tmp_path_factory):
 # For the command line
 
 def free_url(host="127.0.0.1"):
-    """A URL where nobody listens."""
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return f"ws://{host}:{sock.getsockname()[1]}"
+    """A URL where nobody listens. The system takes other ports where it has to choose one."""
+    while True:
+        port = random.SystemRandom().randrange(10_000, 30_000)
+        with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
+            return f"ws://{host}:{port}"
 
 
 def at(server):
