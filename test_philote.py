@@ -4653,8 +4653,14 @@ def store(tmp_path):
 @pytest.fixture
 def hasty(monkeypatch):
     """Let what takes seconds take tenths of them."""
-    for name, seconds in {"_HEARTBEAT_TIME": 0.2, "_UNAVAILABLE_TIME": 1, "_GONE_TIME": 2}.items():
+    for name, seconds in {"_HEARTBEAT_TIME": 0.2, "_GONE_TIME": 2}.items():
         monkeypatch.setattr(philote, name, seconds)  # internal
+
+
+@pytest.fixture
+def hastier(hasty, monkeypatch):
+    """Let Redis be unavailable after a second, too; a slow disk may need as long for an entry."""
+    monkeypatch.setattr(philote, "_UNAVAILABLE_TIME", 1)  # internal
 
 
 @pytest.fixture
@@ -4768,7 +4774,7 @@ def stall(store, proxy):
 @pytest.mark.parametrize("disturb", [
     disturb_nothing, kill, kill_clients, stop_for_a_while, cut, stall], ids=lambda f: f.__name__)
 def test_whatever_breaks_between_server_and_redis_all_see_one_order_and_all_once(
-        store, hasty, disturb, full):
+        store, hastier, disturb, full):
     count = 5000 if full else 600
     with Proxy(store) as proxy, running(redis_url=through(proxy)) as one, \
             running(redis_url=store.url) as two:
@@ -4955,7 +4961,7 @@ def test_a_replica_that_lagged_and_was_promoted_is_a_gap_where_something_is_miss
 
 
 def test_what_is_written_to_another_log_than_is_read_comes_back_in_the_end(
-        store, tmp_path, hasty):
+        store, tmp_path, hastier):
     with Redis(tmp_path / "other") as other, Proxy(store) as proxy, \
             running(redis_url=through(proxy)) as server, \
             Returner(server, ["a"], "?since=now") as client:
@@ -4999,6 +5005,7 @@ def test_while_redis_is_away_publishers_wait_within_bounds_and_all_else_goes_on(
         first, = publish_to(two, "a")
         assert before.receive()["id"] == first
         store.kill()
+        monkeypatch.setattr(philote, "_UNAVAILABLE_TIME", 1)  # internal
         wait_until(lambda: one.log.reason)
         assert health_of(one) == (503, {"status": "unavailable", "reason": one.log.reason})
         answer = ask(one, publish_request())
@@ -5020,7 +5027,7 @@ def test_while_redis_is_away_publishers_wait_within_bounds_and_all_else_goes_on(
         wait_until(lambda: caplog.text.count(text) == 2, caplog.text)  # one of each server
 
 
-def test_who_is_refused_for_want_of_room_is_told_why(store, hasty, monkeypatch):
+def test_who_is_refused_for_want_of_room_is_told_why(store, hastier, monkeypatch):
     with running(redis_url=store.url) as server:
         monkeypatch.setattr(philote, "_OUTBOX_SIZE", 0)  # internal
         answer = ask(server, publish_request())
@@ -5036,7 +5043,7 @@ def test_who_is_refused_for_want_of_room_is_told_why(store, hasty, monkeypatch):
 
 
 def test_room_that_others_took_while_a_request_waited_for_its_rate_is_not_there(
-        store, hasty, monkeypatch):
+        store, hastier, monkeypatch):
     with running(redis_url=store.url, max_message_rate=1) as server:
         waits, go = hold(monkeypatch, philote.Connection, "pause")
         body = json.dumps([{"channel": "a", "data": "x"}] * 2).encode()
@@ -5198,7 +5205,7 @@ def test_a_shutdown_appends_delivers_and_only_then_ends(store, monkeypatch):
         wait_until(lambda: len(cluster_of(two)["servers"]) == 1)  # it took leave
 
 
-def test_clients_that_move_between_servers_under_faults_miss_nothing(store, hasty, quick, full):
+def test_clients_that_move_between_servers_under_faults_miss_nothing(store, hastier, quick, full):
     """They move at random while Redis is killed, and its clients are cut and stalled."""
     count, rng = 1500 if full else 400, random.Random(5)
     with Proxy(store) as way, running(redis_url=through(way)) as one, \
@@ -5528,7 +5535,7 @@ def test_what_redis_counts_stands_in_the_metrics(pair):
         "entries_repeated_total", "outbox_entries", "outbox_bytes", "oldest_unacknowledged_seconds"}
 
 
-def test_connections_are_ended_on_all_servers(pair, store):
+def test_connections_are_ended_on_all_servers(pair, store, monkeypatch):
     one, two = pair
     wait_until(lambda: len(cluster_of(one)["servers"]) == 2)
     with RawClient(one, ["a"], sub="ann") as near, RawClient(two, ["a"], sub="ann") as far, \
@@ -5537,6 +5544,7 @@ def test_connections_are_ended_on_all_servers(pair, store):
         assert near.read_close() == far.read_close() == 4403
         assert bob.is_quiet() and not one.log.asked
         store.kill()
+        monkeypatch.setattr(philote, "_UNAVAILABLE_TIME", 1)  # internal
         for _ in range(3):  # until no server has been heard of for long
             status, answer = end(one, "?user=bob")
             assert (status, answer["error"]) == (503, "unavailable")
