@@ -3127,7 +3127,7 @@ with philote.Server(settings) as server:
 
 def test_stopping_writes_what_is_queued_and_a_stuck_client_does_not_hold_it_up():
     sent = []
-    with running(max_queue_size=1 << 26) as server, \
+    with running(max_queue_size=1 << 26, shutdown_timeout=6) as server, \
             many(4, RawClient, server, ["a"], receive_buffer=4096) as (stuck, *readers), \
             Follower(server, receive_buffer=4096) as follower:
         while totals(server)["queued"] < 1_000_000:
