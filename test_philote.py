@@ -1632,12 +1632,13 @@ def test_one_byte_in_each_record_of_tls_is_read(undisturbed, reader, writer):
     assert reader.receive()["data"] == "x" * 5000
 
 
-@with_settings(tls_cert=True, request_timeout=2)
-@pytest.mark.parametrize("part", [0, 3, 100, None])
-def test_a_handshake_of_tls_that_stalls_is_cut_off(server, undisturbed, part):
-    with dial_plain(server) as sock:
-        sock.sendall(client_hello()[:part])
-        read_all(sock)
+@with_settings(tls_cert=True, request_timeout=4)
+def test_a_handshake_of_tls_that_stalls_is_cut_off(server, undisturbed):
+    with many(4, dial_plain, server) as socks:
+        for sock, part in zip(socks, (0, 3, 100, None)):
+            sock.sendall(client_hello()[:part])
+        for sock in socks:
+            read_all(sock)
 
 
 @with_settings(tls_cert=True)
@@ -2384,7 +2385,7 @@ STALLED = [  # what comes, and then nothing; the status of the answer
     (http_request("GET", "/health"), 200)]
 
 
-@with_settings(request_timeout=2)
+@with_settings(request_timeout=4)
 def test_a_request_that_does_not_come_to_its_end_is_cut_off(server, undisturbed):
     with many(len(STALLED), dial, server) as socks:
         for sock, (begin, _) in zip(socks, STALLED):
@@ -2397,7 +2398,7 @@ def test_a_request_that_does_not_come_to_its_end_is_cut_off(server, undisturbed)
         wait_until(lambda: refusals(server) == {"request_timeout": 4})
 
 
-@with_settings(request_timeout=2)
+@with_settings(request_timeout=4)
 def test_a_request_that_drips_is_cut_off(server, undisturbed, reader):
     def drip(begin, rest):
         with dial(server) as sock, contextlib.suppress(ConnectionError):
@@ -3389,9 +3390,9 @@ def test_who_asks_for_what_is_refused_is_answered_later(server, reader, sent, st
 
 
 def test_a_list_that_would_take_too_long_at_the_rate_is_refused_and_costs_nothing():
-    with running(max_message_rate=10, request_timeout=2) as server, \
+    with running(max_message_rate=10, request_timeout=4) as server, \
             dial(server) as sock, sock.makefile("rb") as file:
-        sock.sendall(publish_request(json.dumps([{"channel": "a"}] * 50).encode()))
+        sock.sendall(publish_request(json.dumps([{"channel": "a"}] * 80).encode()))
         status, headers, body = read_response(file)
         assert (status, json.loads(body)["error"]) == (429, "too_many_requests")
         assert "MAX_MESSAGE_RATE" in json.loads(body)["reason"] and headers["retry-after"]
