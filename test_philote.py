@@ -1923,12 +1923,12 @@ def test_whoever_shares_something_waits_for_the_lock_that_guards_it(unserved, na
 # -------------------------------------------------------------------------------------- subscribers
 
 @pytest.mark.parametrize("jump", [0, 3600, -3600])
-@with_settings(ping_interval=1)
+@with_settings(ping_interval=2)
 def test_heartbeats_keep_a_peer_that_answers_also_when_the_clock_jumps(server, monkeypatch, jump):
     with RawClient(server) as client:
         real = time.time
         monkeypatch.setattr(time, "time", lambda: real() + jump)
-        for _ in range(3):
+        for _ in range(2):
             assert client.read_frame() == (9, b"")
             client.send(frame(10))
         assert subscriber_count(server) == 1
@@ -3101,7 +3101,7 @@ def test_newcomers_are_served_though_there_is_no_memory_for_one_of_them(
 def test_without_descriptors_newcomers_are_refused_and_nothing_spins():
     code = """import philote, resource, sys, time
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
-settings = philote.Settings(secret=sys.argv[1], host="127.0.0.1", port=0, ping_interval=1)
+settings = philote.Settings(secret=sys.argv[1], host="127.0.0.1", port=0, ping_interval=2)
 with philote.Server(settings) as server:
     print(f" listens on x port {server.server_address[1]}: ", file=sys.stderr)
     begun = time.process_time()
@@ -3112,7 +3112,7 @@ with philote.Server(settings) as server:
         with RawClient(server, ["a"]) as reader, many(60, dial, server) as others:
             assert others[-1].recv(12) in (b"HTTP/1.1 503", b"")
             server.say("3\n")  # too few even to refuse a newcomer
-            for _ in range(3):  # heartbeats, in three seconds: the rest goes on
+            for _ in range(2):  # heartbeats, in four seconds: the rest goes on
                 dial(server).close()
                 assert reader.read_frame() == (9, b"")
                 reader.send(frame(10))
