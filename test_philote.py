@@ -7781,7 +7781,7 @@ def test_a_client_that_is_stuck_holds_the_end_up_for_the_timeout_only():
 
 
 def test_it_starts_again_on_the_same_port_at_once():
-    with serving() as server, RawClient(server):
+    with serving(PORT=str(urlsplit(free_url()).port)) as server, RawClient(server):
         assert server.stop()[0] == 0
     for _ in range(2):
         with serving(PORT=str(port_of(server))) as server, RawClient(server):
@@ -8613,7 +8613,7 @@ def test_no_request_of_a_page_is_too_large_however_many_channels_it_follows(serv
 
 def test_a_page_comes_back_to_a_server_that_lets_it_follow_less(server, tab):
     names = [f"a{number}" for number in range(30)]
-    with running() as first:
+    with running(port=urlsplit(free_url()).port) as first:
         port = port_of(first)
         start(tab, url_of(first), *names, token=make_token(["*"], ["a"]))
     with running(port=port, max_subscriptions=10) as second:
@@ -8822,7 +8822,7 @@ def test_two_tabs_that_are_cut_again_and_again_miss_nothing(server, browser, pro
 
 def test_a_page_comes_back_to_a_server_that_was_restarted_and_knows_of_the_gap(server, tab):
     token = make_token(["a"], ["a"])
-    with running() as first:
+    with running(port=urlsplit(free_url()).port) as first:
         port = port_of(first)
         start(tab, url_of(first), "a", token=token)
     tab.wait_for_function("philote.state !== 'open'")
