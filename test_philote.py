@@ -7858,8 +7858,7 @@ def test_health_says_whether_a_server_serves(server):
     assert run("health", "--url", url) == (0, f"{url}: ok\n", "")
     assert run("health", PORT=str(port_of(server))) == (
         0, f"ws://localhost:{port_of(server)}: ok\n", "")
-    server.stop()
-    fails("health", "--url", url, says="refused")
+    fails("health", "--url", free_url(), says="refused")
 
 
 @pytest.mark.parametrize("line, says, answer", [
