@@ -272,12 +272,15 @@ class RawClient:
             size = int.from_bytes(self.file.read(2 if size == 126 else 8), "big")
         return head[0] & 15, self.file.read(size)
 
+    def read_behind_pings(self):
+        """The next frame; a ping before it, on a slow machine, is answered."""
+        while (item := self.read_frame()) and item[0] == 9:
+            self.send(frame(10, item[1]))
+        return item
+
     def receive(self):
-        """The next message, decoded; a ping before it, on a slow machine, is answered."""
-        opcode, payload = self.read_frame()
-        while opcode == 9:
-            self.send(frame(10, payload))
-            opcode, payload = self.read_frame()
+        """The next message, decoded."""
+        opcode, payload = self.read_behind_pings()
         assert opcode == 1, (opcode, payload)
         return json.loads(payload)
 
@@ -297,7 +300,7 @@ class RawClient:
     def is_quiet(self):
         """Whether nothing was sent to this client: the answer to a ping is the next to come."""
         self.send(frame(9, b"quiet?"))
-        return self.read_frame() == (10, b"quiet?")
+        return self.read_behind_pings() == (10, b"quiet?")
 
 
 def is_served(server):
