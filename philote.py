@@ -6411,16 +6411,20 @@ class Client:
                         and request.data == data and request.link not in (None, self._link)), ""),
                         {"published": {"id": message.id}})
                 return
-            bringing = [request for request in self._subscribing
-                        if request.names.cover(message.channel)]
-            for request in bringing:
-                if message.id in request.brought:
-                    return
-                request.brought.add(message.id)
-            # Channels that nobody follows are joined in step 2 to find messages of ours there;
-            # those of others are dropped.
-            if not bringing and not self._joined().cover(message.channel):
+            asked = [request for request in self._subscribing
+                     if request.names.cover(message.channel)]
+            if any(message.id in request.brought for request in asked):
                 return
+            # Channels that nobody follows are joined in step 2 to find messages of ours there.
+            # Those of others are dropped: what is asked for, but not on this connection yet, brings
+            # them once more, and with them those before. So it is with what is to be joined later.
+            if not (any(request.link is self._link for request in asked)
+                    or self._joined().cover(message.channel) and (
+                        self._link.channels.cover(message.channel)
+                        or not any(request in asked for request in self._joining()))):
+                return
+            for request in asked:
+                request.brought.add(message.id)
         self._put(message, size)
 
     def _skip(self, text: str) -> None:

@@ -6573,6 +6573,27 @@ def test_a_client_looks_through_more_channels_than_it_may_have_joined(server, qu
         assert receive_until(reader, len(data)) == (data, 0) and reader.receive(0.1) is None
 
 
+@pytest.mark.parametrize("count", [1, 2])  # of the channels that are asked for at once
+def test_a_look_for_what_was_published_brings_nothing_in_front_of_what_is_older(
+        server, quick, monkeypatch, count):
+    monkeypatch.setattr(philote, "_LONGEST_QUERY", 60)  # internal: no room for the second
+    names = ["a", "b" * 60]
+    since, *_ = publish_to(server, ["c", names[1], "a"])
+    waits, go = hold(monkeypatch, philote.Client, "_look_for_ours")
+    with philote.Client(url_of(server), make_token(names, names), names[:count],
+                        since=since) as client, contextlib.ExitStack() as stack:
+        assert client.receive(PATIENCE).data == 2
+        first = lose_answers(client)
+        if count == 1:
+            stack.enter_context(background(partial(client.subscribe, names[1], since=since)))
+            wait_until(lambda: client._requests)
+        client.publish(names[1], "x")
+        publish_to(server, [names[1]], begin=3)
+        first.abort()
+        go.set()
+        assert receive_until(client, 2) == ([1, 3], 0)
+
+
 def test_a_message_published_while_the_connection_comes_back_is_sent(server, proxy, monkeypatch):
     with philote.Client(proxy.url, make_token(["a"], ["a"])) as client:
         waits, go = hold(monkeypatch, philote.Client, "_begin", at_end=True)  # internal
