@@ -6474,9 +6474,11 @@ class Client:
                 unsent = [(ref, request) for ref, request in self._requests.items()
                           if request.link is not link]
                 for _, request in unsent:
-                    # Some of the last messages may have come, and others are the last by now.
-                    if (request.link and request.brought and "last" in request.value
-                            and "since" not in request.value):
+                    # Some of the last messages, or of the last seconds, may have come, and others
+                    # are the last by now.
+                    since = str(request.value.get("since", "now"))
+                    if request.link and request.brought and "-" not in since and (
+                            since != "now" or "last" in request.value):
                         self._put(Gap(), 0)
                     request.link = link
                 self._caught_up = not unsent
