@@ -3222,11 +3222,11 @@ class RedisLog(Log):
 
     def wait_until(self, position: int) -> None:
         """Wait a while until the log is read up to an id that another server gave out."""
-        # An id a minute ahead of us is most likely another log's, and would never come: we are so
-        # far behind only after a long break.
-        end = time.monotonic() + _LAG_TIME
-        while (self.position < position < self.position + (60_000 << _COUNTER_BITS)
-               and time.monotonic() < end and not self.stopping.is_set()):
+        # One that is not there once all is read that was in the log by now is another log's, and
+        # will never come.
+        begin = time.monotonic()
+        while (self.position < position and self.at_end < begin
+               and time.monotonic() < begin + _LAG_TIME and not self.stopping.is_set()):
             time.sleep(0.01)
 
     def drain(self, deadline: float) -> None:

@@ -4729,10 +4729,12 @@ def test_a_client_resumes_on_another_server_and_on_one_that_starts_later(pair, s
     wait_until(lambda: len(cluster_of(one)["servers"]) == 2)
 
 
-def test_a_position_that_another_server_was_quicker_to_reach_is_waited_for(pair, store):
+@pytest.mark.parametrize("seconds", [2, 600])
+def test_a_position_that_another_server_was_quicker_to_reach_is_waited_for(pair, store, seconds):
     one, two = pair
     with Proxy(store) as proxy, running(redis_url=through(proxy), ping_interval=0) as slow:
         proxy.flows.clear()
+        store.do("XADD", "philote", f"{1000 * (int(time.time()) + seconds)}-0", "of", "another")
         position, = publish_to(one, "a", 1)
         with RawClient(slow, ["a"], query="?since=" + position) as client:  # it is let in at once
             proxy.flows.set()
