@@ -6215,7 +6215,6 @@ class Client:
         names = Names(begin["channels"])
         with self._lock:
             position = self._position  # "" at the first connection
-            link.channels = names
             # The server is not silent for much longer than `ping` seconds; with 0 it may be.
             link.patience = 2 * float(begin["ping"]) or math.inf
             self._issuers.append(begin["issuer"])
@@ -6227,14 +6226,17 @@ class Client:
             if not position or not begin["resumed"]:
                 self._position = begin["id"]
             self._join_later(later, past, begin)
+            to_come = {name for request in self._joining() for name in request.names}
+            link.channels = Names(names - to_come)
             # The channels of unanswered messages that this connection does not bring, see step 2.
             written: list[Any] = [request.value.get("channel")
                                   for request in self._requests.values()]
             unseen = sorted({name for name in filter(_is_name, written)  # a program may write any
-                             if name[-1] != "*" and not names.cover(name)})
-            # Who follows no channels at all (channels=[]) cannot say so in the query: without names
-            # there, the server joins all that the token may read.
-            leave = [*names] if self._channels is not None and not self._channels else []
+                             if name[-1] != "*" and not link.channels.cover(name)})
+            # What is joined and was not to be, or is to be joined later. The query has to name some
+            # channel: without one, the server joins all that the token may read.
+            leave = [] if self._channels is None else [*(
+                names & to_come if self._channels else names)]
             # Under one hold of the lock: _ask() must not take one of them old and the other new.
             self._caught_up = not (self._requests or leave or self._behind is not None)
             self._link = link

@@ -6702,6 +6702,27 @@ def test_what_is_lost_is_one_gap_however_many_channels_are_joined_later(
                 assert client.receive(0.05) is None
 
 
+def test_where_the_query_has_room_for_no_name_each_channel_comes_in_its_order(
+        server, quick, monkeypatch):
+    def lose(client, link, value, size):  # the first connection is lost before b has come
+        links.append(link)
+        names = value.get("channel"), *value.get("subscribed", {}).get("channels", ())
+        if link is not links[0] or "b" not in names:
+            take(client, link, value, size)
+
+    links, take = [], philote.Client._take  # internal
+    monkeypatch.setattr(philote.Client, "_take", lose)
+    monkeypatch.setattr(philote, "_LONGEST_QUERY", 0)
+    since, *_ = publish_to(server, "cba")
+    with philote.Client(url_of(server), make_token("ab"), "ab", since=since) as client:
+        assert client.receive(PATIENCE).data == 2
+        wait_until(lambda: [request.names for request in client._subscribing] == [{"b"}])
+        publish_to(server, "b", begin=3)
+        links[0].abort()
+        assert receive_until(client, 2) == ([1, 3], 0)
+        wait_until(lambda: server.log.joined.keys() == {"a", "b"})
+
+
 def test_a_channel_that_was_to_be_joined_later_can_be_left_before(server, proxy, monkeypatch):
     monkeypatch.setattr(philote, "_LONGEST_QUERY", 60)  # internal: no room for the second
     names = ["a", "b" * 60]
