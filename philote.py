@@ -3578,6 +3578,9 @@ class RedisLog(Log):
                 self.tell_gap(first + len(entry.payloads) - 1)
             for index, tell in tells:  # they are in the log; some may have been told already
                 tell(first + index, 0)
+            for question in self.asked.copy().values():  # our answer may be what was not made
+                question.answers.setdefault(self.id.decode(), 0)
+                question.answered.set()
         if own:
             if own.tells and own.connection:
                 touched[own.connection] = None

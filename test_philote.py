@@ -5283,6 +5283,16 @@ def test_a_client_that_comes_back_does_not_wait_long_for_a_server_that_was_kille
             "unsubscribed": {"channels": []}, "ref": "r"}
 
 
+def test_who_asks_whether_the_log_holds_all_waits_for_no_answer_that_could_not_be_made(
+        store, hasty, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    with running(redis_url=store.url) as server, RawClient(server, write=["a"]) as client:
+        monkeypatch.setattr(philote.RedisLog, "_tell_ended", fail)  # internal
+        assert client.ask(unsubscribe=[], ref="r")["ref"] == "r"
+
+
 def test_to_ask_whether_the_log_holds_all_is_for_who_publishes_and_not_without_end(store, hasty):
     with running(redis_url=store.url) as server:
         with RawClient(server, write=["a"]) as writer, RawClient(server, ["a"]) as reader:
