@@ -1223,8 +1223,15 @@ class Transport:
 
     def unacknowledged(self) -> int:
         """How many bytes were written that the peer's system has not acknowledged."""
+        return self._count(termios.TIOCOUTQ)
+
+    def unread(self) -> int:
+        """How many bytes have come that were not read."""
+        return self._count(termios.FIONREAD)
+
+    def _count(self, what: int) -> int:
         try:
-            return int.from_bytes(fcntl.ioctl(self.sock, termios.TIOCOUTQ, bytes(4)), sys.byteorder)
+            return int.from_bytes(fcntl.ioctl(self.sock, what, bytes(4)), sys.byteorder)
         except (OSError, ValueError):  # the latter where it is closed
             return 0
 
@@ -3877,6 +3884,7 @@ class WebSocket(Subscriber):
         self.pinged = 0.0  # when the last ping went out
         self.acknowledged = self.unacknowledged = 0  # bytes written, as of the last look
         self.moved = 0.0  # when the peer was last seen to take bytes from a full buffer
+        self.spared = 0.0  # since when nothing had been read, when unread bytes kept it alive
 
     # Its own thread, in the order of a message's way
 
@@ -4072,6 +4080,11 @@ class WebSocket(Subscriber):
             connection.flush()
         if now < self.pinged + interval:
             return self.pinged + interval
+        # What came, but was not read yet, counts once: after a stop of this process (SIGSTOP, a
+        # virtual machine that is moved), its threads go on in any order.
+        if self.spared < heard and connection.transport.unread():
+            self.spared = heard
+            return now + interval
         if self.end(CloseReason.INTERNAL_ERROR, "ping timeout"):
             connection.log(logging.INFO, "%s nothing came for %g seconds, disconnected",
                            self.id, now - heard)

@@ -1925,6 +1925,24 @@ def test_whoever_shares_something_waits_for_the_lock_that_guards_it(unserved, na
 
 # -------------------------------------------------------------------------------------- subscribers
 
+@with_settings(ping_interval=0)
+def test_a_pong_that_was_not_read_yet_keeps_its_peer_once(server, monkeypatch):
+    with RawClient(server, ["a"]) as client:
+        subscriber = server.admission.connections()[0].handler
+        waits, go = hold(monkeypatch, philote.Transport, "receive")
+        client.send(frame(10))
+        assert waits.wait(PATIENCE)  # its thread does not read the next
+        now = time.monotonic() + 100
+        assert subscriber.on_heartbeat(now, 1) == now + 1
+        assert client.read_frame() == (9, b"")
+        client.send(frame(10))
+        wait_until(subscriber.connection.transport.unread)
+        assert subscriber.on_heartbeat(now + 2, 1) == now + 3
+        assert subscriber.on_heartbeat(now + 3, 1) == math.inf
+        assert client.read_close() == 1011
+        go.set()
+
+
 @pytest.mark.parametrize("jump", [0, 3600, -3600])
 @with_settings(ping_interval=2)
 def test_heartbeats_keep_a_peer_that_answers_also_when_the_clock_jumps(server, monkeypatch, jump):
