@@ -3876,8 +3876,8 @@ class WebSocket(Subscriber):
         next(self.frames)  # up to its first yield, where it takes bytes
         self.read_size = max(self.server.settings.read_buffer_size, _FULL_READ)
         self.batch = Batch(self.server, self.id, key.user, connection)
-        # A subscription to be served; without a past, it asks whether the log holds all.
-        self.asked: tuple[list[str], Past | None, str | None] | None = None
+        # What the client asked for that may take long: read_messages() calls it.
+        self.asked: Callable[[], None] | None = None
         self.pings, self.last_ping = 0, b""  # that came since the last flush
         self.delay = 0.0  # seconds that the peer has to wait, see RateLimit and Connection.charge()
         # The poller's, see on_heartbeat().
@@ -3922,7 +3922,7 @@ class WebSocket(Subscriber):
         share of it together (Server.take_turn).
 
         _take_apart() works through what was read. It stops at bytes, which are for the library, and
-        behind a subscription (`asked`) or a message for which the peer has to wait (`delay`). The
+        behind what takes long (`asked`) or a message for which the peer has to wait (`delay`). The
         turn is given back and all is written before that is seen to; another is taken for the rest
         of the read.
         """
@@ -3935,7 +3935,9 @@ class WebSocket(Subscriber):
             while item is not None:  # it is the library's, or the peer has to wait behind it
                 if isinstance(item, bytes):
                     return item
-                self._subscribe()
+                if self.asked:
+                    asked, self.asked = self.asked, None
+                    asked()
                 self.connection.pause(self.delay)
                 if self.connection.state is CLOSING:
                     return b""
@@ -4010,13 +4012,12 @@ class WebSocket(Subscriber):
         self.put_uncounted(encode_answer({"published": {"ref": ref, "id": encode_id(position)}}))
 
     def _change_subscriptions(self, value: dict[str, Any], ref: str | None) -> None:
-        # A subscription may take long: it is served by read_messages(), which calls _subscribe().
         if "subscribe" in value and "unsubscribe" in value:
             raise Refused("a message may subscribe or unsubscribe, not both")
         if "subscribe" not in value:
             names = check_names(value["unsubscribe"])
             if not names and ref and self.key.write:
-                self.asked = names, None, ref
+                self.asked = functools.partial(self._wait_for_all, ref)
                 return
             self.batch.deliver()  # acknowledgements come first, but for those of Redis
             self.server.log.leave(self, names)
@@ -4029,25 +4030,24 @@ class WebSocket(Subscriber):
             if not self.key.may_read(name):
                 raise Refused(f"the token may not read the channel {_shown(name)}", "forbidden")
         check_subscriptions(Names(self.channels.union(names)), self.server.settings)
-        self.asked = names, past, ref
+        self.asked = functools.partial(self._subscribe, names, past, ref)
 
-    def _subscribe(self) -> None:
-        if self.asked:
-            (names, past, ref), self.asked = self.asked, None
-            if past is None:
-                self.connection.pause(self.connection.charge(10))  # all servers have work with it
-                self.server.log.wait_for_all(self.connection)
-                if not self.server.stopping.is_set():  # or it has not waited for all
-                    self.connection.put(encode_answer({"unsubscribed": {"channels": []}}, ref))
-                return
-            if past.resumable and not self.encoder.with_ids:
-                self.server.log.add_ids(self)
-                self.server.poller.call_at(self.connection, time.monotonic())  # see tell_position()
-            # What is asked for of the past comes also from channels that were joined before.
-            new = Names(names if past.resumable else {*names} - self.channels)
-            self.follow(new, past, lambda *_: b"", lambda position, resumed: encode_answer(
-                {"subscribed": {"channels": names, "id": encode_id(position), "resumed": resumed}},
-                ref))
+    def _wait_for_all(self, ref: str) -> None:
+        # The answer to an unsubscription of nothing says that all that was read is in the log.
+        self.connection.pause(self.connection.charge(10))  # all servers have work with it
+        self.server.log.wait_for_all(self.connection)
+        if not self.server.stopping.is_set():  # or it has not waited for all
+            self.connection.put(encode_answer({"unsubscribed": {"channels": []}}, ref))
+
+    def _subscribe(self, names: list[str], past: Past, ref: str | None) -> None:
+        if past.resumable and not self.encoder.with_ids:
+            self.server.log.add_ids(self)
+            self.server.poller.call_at(self.connection, time.monotonic())  # see tell_position()
+        # What is asked for of the past comes also from channels that were joined before.
+        new = Names(names if past.resumable else {*names} - self.channels)
+        self.follow(new, past, lambda *_: b"", lambda position, resumed: encode_answer(
+            {"subscribed": {"channels": names, "id": encode_id(position), "resumed": resumed}},
+            ref))
 
     def flush(self) -> None:
         """Write to all subscribers, and what is for this connection itself."""
