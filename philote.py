@@ -1452,22 +1452,24 @@ class SwitchInterval:
         self.due = max(self.due, now + min(self.HOLD, 50 * (now - began)))
 
 
-class Gathering:
+class Affinity:
     """Lets the threads of new connections begin on one processor, that of the accepting thread.
 
     Of threads that share one interpreter's lock, one works at a time. The system begins each of
     them where there is least to do. So with every other turn of the lock a processor has to wake
     up, and finds nothing of what the interpreter needs in its cache. Therefore the accepting thread
-    stays where it is while newcomers come, and its threads, which inherit that, until they have
-    sent their first answer. On 2 cores that saves a fifth of what a new connection costs.
+    is pinned to its processor while newcomers come, and so are its threads, which inherit that,
+    until they have sent their first answer. On 2 cores that saves a fifth of what a new connection
+    costs.
 
-    The accepting thread lets the system move it once a second, to where others do less.
+    Once a second the accepting thread is unpinned, so that the system can move it to where there is
+    less to do.
     """
 
     HOLD = 1  # seconds
 
     def __init__(self) -> None:
-        self.until = 0.0  # when the accepting thread may be moved again; 0: it may now; its own
+        self.until = 0.0  # when the accepting thread is to be unpinned; 0: it is not pinned
 
     @staticmethod
     def is_possible() -> bool:
@@ -1484,22 +1486,22 @@ class Gathering:
                 os._exit(1)
         return False
 
-    def gather(self) -> None:
-        """Stay on this processor. The accepting thread, before it starts others."""
+    def pin(self) -> None:
+        """Stay on this processor: the accepting thread, before it starts others."""
         if not self.until:
             with contextlib.suppress(OSError, ValueError, MemoryError):
                 os.sched_setaffinity(0, {_system.sched_getcpu()})
                 self.until = time.monotonic() + self.HOLD
 
-    def let_move(self) -> None:
-        """Go free for the next wait if it is time. The accepting thread."""
+    def unpin_if_due(self) -> None:
+        """Unpin the accepting thread, if it is time, for its next wait."""
         if self.until and time.monotonic() >= self.until:
             self.until = 0.0
-            self.disperse()
+            self.unpin()
 
     @staticmethod
-    def disperse() -> None:
-        """Go wherever the main thread may go, which never stays. A thread that has begun here.
+    def unpin() -> None:
+        """Let this thread run wherever the main thread may, which is never pinned.
 
         So what somebody asks of the whole process while it runs, as by `taskset`, holds for it.
         """
@@ -3733,10 +3735,10 @@ class Subscriber:
         if (pause := min(look or math.inf, self._time_left())) < math.inf:
             self.server.poller.call_at(connection, time.monotonic() + pause)
         log.info("%s: %s connected", connection.address, self.id)
-        gathering = self.server.gathering
-        if gathering and not self.past.is_empty():  # which may take long
-            gathering.disperse()
-            gathering = None
+        affinity = self.server.affinity
+        if affinity and not self.past.is_empty():  # which may take long
+            affinity.unpin()
+            affinity = None
         # The head of the answer is queued by now, so nothing of the channels can come before it. It
         # is written behind the join: who has read it gets all that is published from then on.
         if self.past.resumable:
@@ -3744,8 +3746,8 @@ class Subscriber:
         else:
             self.server.log.join(self, self.channels)
         connection.flush()
-        if gathering:
-            gathering.disperse()
+        if affinity:
+            affinity.unpin()
         self.serve()
         log.info("%s: %s disconnected", connection.address, self.id)
 
@@ -4435,7 +4437,7 @@ class HTTPHandler:
         """Answer requests; returns what the connection becomes, None at its end."""
         self.connection.transport.set_tcp(socket.TCP_NODELAY, 1)
         self.server.poller.call_at(self.connection, self.deadline)
-        gathering = self.server.gathering
+        affinity = self.server.affinity
         while True:
             request, self.cors = None, {}
             try:
@@ -4453,9 +4455,9 @@ class HTTPHandler:
                     self.connection.move(ANSWERING)
             if not self._respond(request, response):
                 return None
-            if gathering:  # behind the first answer
-                gathering.disperse()
-                gathering = None
+            if affinity:  # behind the first answer
+                affinity.unpin()
+                affinity = None
             if self.charge and (delay := self.connection.charge(self.charge)):
                 self.connection.pause(delay)
             # Before the state, which on_deadline() looks at first: else it would hold the deadline
@@ -5283,9 +5285,9 @@ class Server(socketserver.ThreadingTCPServer):
         self.log_limit = LogLimit()  # of lines about what peers do
         self.own_log_limit = LogLimit()  # of others, which no flood of those can silence
         # For who owns the process, as `philote serve` does: set where there is an interpreter's
-        # lock to share. A thread that a program's own code starts in one that gathers would stay.
+        # lock to share. A thread that a program's own code started in a pinned one would stay so.
         self.switch_interval: SwitchInterval | None = None
-        self.gathering: Gathering | None = None
+        self.affinity: Affinity | None = None
         self.turn = threading.Lock()  # see take_turn()
         self.tls = _load_certificate(settings)  # for the next newcomer
         self.file: tuple[str, int] | None = None  # of a Unix socket: its path and inode
@@ -5412,8 +5414,8 @@ class Server(socketserver.ThreadingTCPServer):
         """
         if self.stopping.is_set():
             raise _Stopped
-        if self.gathering:
-            self.gathering.let_move()
+        if self.affinity:
+            self.affinity.unpin_if_due()
 
     def get_request(self) -> tuple[Any, Any]:
         """Accept a connection; out of descriptors, refuse it."""
@@ -5454,8 +5456,8 @@ class Server(socketserver.ThreadingTCPServer):
                 newcomers.append(self.get_request()[0])
         if self.switch_interval:
             self.switch_interval.expect(len(newcomers))
-        if self.gathering:
-            self.gathering.gather()
+        if self.affinity:
+            self.affinity.pin()
         for connection in newcomers:
             self._start_thread(connection)
 
@@ -7025,7 +7027,7 @@ def _on_one_line(text: str) -> str:
 def _serve(_: argparse.Namespace) -> int:
     settings = Settings.from_environ(os.environ)
     # Before there are threads. Not with TLS: most of that is OpenSSL's work, without the lock.
-    can_gather = not settings.tls_cert and Gathering.is_possible()
+    can_pin = not settings.tls_cert and Affinity.is_possible()
     # Taken one by one with sigwait(), signals interrupt no thread in the middle of anything. They
     # are blocked before any thread is started, as a thread inherits that: one that did not block
     # them would get them, and what they do by default is to end the process.
@@ -7055,8 +7057,8 @@ def _serve(_: argparse.Namespace) -> int:
         return 1
     if server.interpreter_lock:
         server.switch_interval = SwitchInterval()
-        if can_gather:
-            server.gathering = Gathering()
+        if can_pin:
+            server.affinity = Affinity()
     # Where one of its threads cannot go on, the server stops as by a signal, and returns 1. During
     # the shutdown this is a second signal, which ends the process at once.
     server.on_failure = functools.partial(os.kill, os.getpid(), signal.SIGTERM)

@@ -3543,24 +3543,24 @@ def tied():
 
 
 many_processors = pytest.mark.skipif(
-    not philote.Gathering.is_possible() or len(os.sched_getaffinity(0)) < 2,
+    not philote.Affinity.is_possible() or len(os.sched_getaffinity(0)) < 2,
     reason="one processor, or none can be chosen")
 
 
 @pytest.fixture
-def gathering(server):
+def affinity(server):
     """Lets the server's accepting thread go only when a test says so."""
-    server.gathering = philote.Gathering()
-    server.gathering.HOLD = 1000
-    return server.gathering
+    server.affinity = philote.Affinity()
+    server.affinity.HOLD = 1000
+    return server.affinity
 
 
 @many_processors
 def test_threads_begin_where_the_accepting_one_is_and_go_free_once_they_have_answered(
-        server, gathering, tied):
+        server, affinity, tied):
     with http_connection(server) as connection, dial(server) as sock:
         wait_until(lambda: tied() == 2)
-        gathering.until = 1  # in the past
+        affinity.until = 1  # in the past
         wait_until(lambda: tied() == 1, "the accepting thread has gone free")
         sock.sendall(upgrade())
         assert sock.recv(4096).startswith(b"HTTP/1.1 101")
@@ -3574,24 +3574,24 @@ def test_threads_begin_where_the_accepting_one_is_and_go_free_once_they_have_ans
 
 @many_processors
 @with_settings(history_size=1 << 30, max_message_size=1 << 20)
-def test_who_reads_a_long_past_is_free_meanwhile(server, gathering, tied):
+def test_who_reads_a_long_past_is_free_meanwhile(server, affinity, tied):
     for _ in range(20):
         publish(server, {"channel": "a", "data": "x" * 500_000}, WRITER)
     with RawClient(server, ["a"], query="?since=1h", receive_buffer=4096):  # and does not read
-        gathering.until = 1
+        affinity.until = 1
         wait_until(lambda: tied() == 0)
 
 
 @many_processors
-def test_whom_the_system_may_tie_is_asked_of_the_process_anew(server, gathering, tied):
+def test_whom_the_system_may_tie_is_asked_of_the_process_anew(server, affinity, tied):
     """As `taskset -p` on a server that runs."""
     everywhere = os.sched_getaffinity(os.getpid())
     with dial(server):
         wait_until(lambda: tied() == 2)
         try:
             os.sched_setaffinity(os.getpid(), {max(everywhere)})
-            gathering.until = 1
-            wait_until(lambda: not gathering.until)
+            affinity.until = 1
+            wait_until(lambda: not affinity.until)
             thread = server.acceptor.native_id
             wait_until(lambda: os.sched_getaffinity(thread) == {max(everywhere)})
         finally:
@@ -3620,7 +3620,7 @@ def test_threads_begin_anywhere_where_a_sandbox_forbids_it(call):
 def forbid(*_):
     {call}
 os.sched_setaffinity = forbid
-print(philote.Gathering.is_possible())"""
+print(philote.Affinity.is_possible())"""
     found = subprocess.run([sys.executable, "-c", code], cwd=HERE, capture_output=True, text=True)
     assert found.stdout == "False\n", found.stderr
 
