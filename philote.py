@@ -2421,7 +2421,7 @@ class History:
             self.groups, position, self.start, key=operator.itemgetter(0)) - 1)
 
 
-Tell = Callable[[int, int], None]  # is told a message's id and how many subscribers got it
+Ack = Callable[[int, int], None]  # takes a message's id, and how many subscribers got it
 
 
 class Log:
@@ -2463,18 +2463,18 @@ class Log:
         self.stopping = threading.Event()
 
     def publish(self, batch: Batch) -> None:
-        """Publish messages to a channel, and tell who wants to know."""
+        """Publish messages to a channel, and acknowledge those that ask for it."""
         self.append(
-            batch.channel, batch.payloads, batch.issuer, batch.user, batch.touched, batch.tells)
+            batch.channel, batch.payloads, batch.issuer, batch.user, batch.touched, batch.acks)
 
     def append(self, name: str, payloads: Sequence[bytes], issuer: str, user: bytes,
-               touched: dict[Connection, Any], tells: Sequence[tuple[int, Tell]] = (),
+               touched: dict[Connection, Any], acks: Sequence[tuple[int, Ack]] = (),
                first: int = 0) -> None:
         """Give ids to messages of one issuer to one channel, and queue them for its subscribers.
 
         `user` is the part of each message's JSON that names the user; subscribers without ids get
         the messages without it. The connections that they are queued for are added to `touched`:
-        the caller flushes them, without any lock. `tells` are called under the same lock, so that
+        the caller flushes them, without any lock. `acks` are called under the same lock, so that
         an acknowledgement stands in its queue before all higher ids. Else a client could see one of
         those, lose its connection, come back from behind its own message, and publish it again.
         """
@@ -2517,8 +2517,8 @@ class Log:
                     if connection is not own:
                         put(data)
             self.delivered += receivers * len(payloads)
-            for index, tell in tells:
-                tell(first + index, receivers)
+            for index, ack in acks:
+                ack(first + index, receivers)
 
     def replay(self, subscriber: Subscriber, names: Names, past: Past, live: Names,
                before: Callable[[int, bool], bytes], after: Callable[[int, bool], bytes],
@@ -2778,7 +2778,7 @@ class Batch:
     """
 
     __slots__ = ("log", "issuer", "user", "connection", "least", "limit", "channel", "payloads",
-                 "tells", "heads", "size", "touched")
+                 "acks", "heads", "size", "touched")
 
     def __init__(self, server: Server, issuer: str, user: str, connection: Connection) -> None:
         self.log = server.log
@@ -2790,14 +2790,14 @@ class Batch:
         self.least = self.limit = min(server.settings.write_buffer_size, _MOST_GATHERED)
         self.channel = ""
         self.payloads: list[bytes] = []  # consecutive messages to that channel
-        self.tells: list[tuple[int, Tell]] = []  # who wants to know of which of them, by index
+        self.acks: list[tuple[int, Ack]] = []  # by the message's index in these
         # By channel: what all its messages begin with. One that is in here was found writable by
         # the token, and WebSocket.receive() does not check it again.
         self.heads: dict[str, str] = {}
         self.size = 0
         self.touched: dict[Connection, Any] = {}  # to be flushed; the values are not used
 
-    def add(self, channel: str, data: str, tell: Tell | None = None) -> None:
+    def add(self, channel: str, data: str, ack: Ack | None = None) -> None:
         """Publish a message with data in JSON, by the next flush() at the latest."""
         if channel != self.channel:
             self.deliver()
@@ -2810,8 +2810,8 @@ class Batch:
                     self.heads.clear()
                 self.heads[channel] = head
         payload = (f'{head},"data":{data}}}' if data else head + "}").encode()
-        if tell:
-            self.tells.append((len(self.payloads), tell))
+        if ack:
+            self.acks.append((len(self.payloads), ack))
         self.payloads.append(payload)
         self.size += len(payload)
         if self.size >= self.limit:
@@ -2824,7 +2824,7 @@ class Batch:
             self.connection.published += len(self.payloads)
             self.log.publish(self)
             # Only now: if publish() raises, the next deliver() publishes them again.
-            self.payloads, self.tells = [], []
+            self.payloads, self.acks = [], []
 
     def flush(self) -> None:
         """Append the messages and write to all that they were queued for."""
@@ -2847,12 +2847,12 @@ class Batch:
 # One thread appends what is published here. Another reads what every server has appended, ours
 # included, and does with it what a publisher's thread does where there is no Redis. Nothing is
 # delivered before it has been read back. So there is one order for all servers, and a message that
-# has come back is acknowledged to its publisher (`tells`).
+# has come back is acknowledged to its publisher (`acks`).
 #
 #     publisher's thread       append thread               read thread, of every server
 #     Outbox.put -+-> unsent -- take --> MULTI XADD EXEC --> [stream] -- XREAD --> _receive
 #                 '-> entries <-- take_back, of what is its own --------------------+
-#                            queues of the subscribers here, `tells` <-- Log.append-'
+#                            queues of the subscribers here, `acks` <--- Log.append-'
 #
 # Each server numbers its entries 1, 2, 3, and keeps them until they have come back. An answer of
 # Redis does not prove that an entry is there: it may be lost when a replica takes over (a
@@ -2924,15 +2924,15 @@ def _before(first: int) -> int:
 class Outgoing:
     """An entry that this server appends, kept until it has been read back."""
 
-    __slots__ = ("number", "fields", "size", "tells", "connection", "born", "sent")
+    __slots__ = ("number", "fields", "size", "acks", "connection", "born", "sent")
 
-    def __init__(self, fields: list[bytes], tells: Sequence[tuple[int, Tell]] = (),
+    def __init__(self, fields: list[bytes], acks: Sequence[tuple[int, Ack]] = (),
                  connection: Connection | None = None) -> None:
         self.number = 0
         self.fields = fields
         self.size = sum(map(len, fields)) + _GROUP_OVERHEAD + len(fields) * _KEPT_OVERHEAD
-        self.tells = tells
-        self.connection = connection  # the publisher's, flushed when `tells` have been called
+        self.acks = acks
+        self.connection = connection  # the publisher's, flushed when `acks` have been called
         self.born = time.monotonic()
         self.sent = 0.0  # when it was sent last; 0 where it has to be sent (again)
 
@@ -3166,12 +3166,12 @@ class RedisLog(Log):
             raise self.fatal or PhiloteError(self.failure)
 
     def publish(self, batch: Batch) -> None:
-        """Let messages be appended; who wants to know is told when they have come back."""
+        """Let messages be appended; they are acknowledged when they have come back."""
         fields = [*self.head, b"channel", batch.channel.encode("utf-8", "surrogatepass"),
                   b"issuer", batch.issuer.encode(), b"user", batch.user]
         for payload in batch.payloads:
             fields += b"message", payload
-        self.outbox.put(Outgoing(fields, batch.tells, batch.connection))
+        self.outbox.put(Outgoing(fields, batch.acks, batch.connection))
 
     def end_connections(self, whom: Mapping[str, str]) -> tuple[int, bool]:
         """End connections of all servers, our own at once; the others are asked through the log.
@@ -3568,11 +3568,11 @@ class RedisLog(Log):
             self.repeated += 1
             return
         own = self.outbox.take_back(entry.number) if entry.server == self.id else None
-        tells = own.tells if own else ()
+        acks = own.acks if own else ()
         try:
             if entry.kind == b"channel":
                 self.append(
-                    entry.name, entry.payloads, entry.issuer, entry.user, touched, tells, first)
+                    entry.name, entry.payloads, entry.issuer, entry.user, touched, acks, first)
             else:
                 self._receive_notice(entry)
                 if own:  # a heartbeat, in most cases
@@ -3585,13 +3585,13 @@ class RedisLog(Log):
             log.exception("Redis: unexpected error")
             if entry.payloads:
                 self.tell_gap(first + len(entry.payloads) - 1)
-            for index, tell in tells:  # they are in the log; some may have been told already
-                tell(first + index, 0)
+            for index, ack in acks:  # they are in the log; some may be called already
+                ack(first + index, 0)
             for question in self.asked.copy().values():  # our answer may be what was not made
                 question.answers.setdefault(self.id.decode(), 0)
                 question.answered.set()
         if own:
-            if own.tells and own.connection:
+            if own.acks and own.connection:
                 touched[own.connection] = None
             self._recover(own)
             self.ready.set()
@@ -4000,7 +4000,7 @@ class WebSocket(Subscriber):
             if channel not in self.batch.heads and not self.key.may_write(channel):
                 raise Refused(f"the token may not write the channel {_shown(channel)}", "forbidden")
             self.batch.add(channel, data,
-                           None if ref is None else functools.partial(self._tell_published, ref))
+                           None if ref is None else functools.partial(self._acknowledge, ref))
         except Refused as error:
             setattr(connection, error.code, getattr(connection, error.code) + 1)
             connection.log(logging.INFO if error.code == "forbidden" else logging.WARNING,
@@ -4010,7 +4010,7 @@ class WebSocket(Subscriber):
             self.delay = max(connection.charge(1 + len(text) / _BAD_BYTES),
                              connection.rate.take(_REFUSED_COST))
 
-    def _tell_published(self, ref: str, position: int, _: int) -> None:
+    def _acknowledge(self, ref: str, position: int, _: int) -> None:
         self.put_uncounted(encode_answer({"published": {"ref": ref, "id": encode_id(position)}}))
 
     def _change_subscriptions(self, value: dict[str, Any], ref: str | None) -> None:
@@ -4554,12 +4554,12 @@ class HTTPHandler:
                 raise HTTPError(503, "the server is shutting down", "shutting_down")
             reason = self.server.log.reason or "too much waits for Redis"
             raise HTTPError(503, f"nothing was published: {reason}", "unavailable", _RETRY)
-        # An issuer that no subscriber has, so that nobody is left out as the publisher. tell() is
+        # An issuer that no subscriber has, so that nobody is left out as the publisher. ack() is
         # called under the log's lock: in this thread, or with Redis by the read thread, when the
         # message has come back. `receivers` are those of this server.
         issuer, answers, done = str(uuid.uuid4()), dict[int, dict[str, Any]](), threading.Event()
 
-        def tell(index: int, position: int, receivers: int) -> None:
+        def ack(index: int, position: int, receivers: int) -> None:
             answers[index] = {
                 "issuer": issuer, "id": encode_id(position), "receivers": receivers}
             if len(answers) == len(messages):
@@ -4567,7 +4567,7 @@ class HTTPHandler:
 
         batch = Batch(self.server, issuer, request.key.user, connection)
         for index, (channel, data) in enumerate(messages):
-            batch.add(channel, data, functools.partial(tell, index))
+            batch.add(channel, data, functools.partial(ack, index))
         batch.flush()
         if messages and not done.wait(_UNAVAILABLE_TIME):
             raise HTTPError(503, "the messages have not come back from the log; they may still be "

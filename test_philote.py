@@ -4449,7 +4449,7 @@ def test_what_came_before_an_unsubscription_is_acknowledged_before_it(server):
 
 
 def test_an_acknowledgement_comes_before_a_message_with_a_higher_id(server, monkeypatch):
-    waits, go = hold(monkeypatch, philote.WebSocket, "_tell_published")
+    waits, go = hold(monkeypatch, philote.WebSocket, "_acknowledge")
     with RawClient(server, ["b"], ["a"], query="?since=now") as client:
         client.read_frame()
         client.send(frame(1, json.dumps({"channel": "a", "data": "x", "ref": "1"})))
