@@ -2421,6 +2421,9 @@ class History:
             self.groups, position, self.start, key=operator.itemgetter(0)) - 1)
 
 
+# Who has joined a channel or pattern, by the way they are encoded for: the connection of each, with
+# what puts something in its queue: list.append, one call less than Connection.put().
+Audience = dict[Encoder, dict[Connection, Callable[[bytes], None]]]
 Ack = Callable[[int, int], None]  # takes a message's id, and how many subscribers got it
 
 
@@ -2446,14 +2449,13 @@ class Log:
         self.lock = threading.Lock()
         self.position = _now()
         self.history = History(settings, self.position)
-        # By channel or pattern, and by the way they are encoded for: each subscriber's connection,
-        # with what puts something in its queue: list.append, one call less than Connection.put().
+        # By channel or pattern:
         #
         #     {"news":   {without_ids: {c1: c1.pending.append, c2: c2.pending.append}},
         #      "chat.*": {with_ids:    {c3: c3.pending.append}}}
         #
         # `prefix_sizes` is {5: 1} then: a message to "chat.de" takes one look-up more, of "chat.*".
-        self.joined: dict[str, dict[Encoder, dict[Connection, Callable[[bytes], None]]]] = {}
+        self.joined: dict[str, Audience] = {}
         self.prefix_sizes: collections.Counter[int] = collections.Counter()  # of joined patterns
         self.issuers: dict[str, Connection] = {}  # of the subscribers, by id
         self.resumed = self.not_resumed = self.gaps = 0  # replays by how they went
@@ -2495,12 +2497,12 @@ class Log:
         encoded = {encoder: encoder.encode(bare) for encoder in seeming if not encoder.with_ids}
         with self.lock:
             first = first or max(self.position + 1, _now())
-            groups = (self._find_groups(name) if self.prefix_sizes else
-                      self.joined[name] if name in self.joined else {})
+            audience = (self._find_audience(name) if self.prefix_sizes else
+                        self.joined[name] if name in self.joined else {})
             # What needs memory comes first. If it fails, nobody has got the messages yet: when the
             # publisher's last flush() publishes them again, nobody gets them twice.
-            for encoder in groups:
-                touched.update(groups[encoder])
+            for encoder in audience:
+                touched.update(audience[encoder])
                 if encoder not in encoded:  # once for all of them
                     encoded[encoder] = encoder.encode(
                         enumerate(payloads, first) if encoder.with_ids else bare)
@@ -2510,10 +2512,10 @@ class Log:
             else:
                 self.history.floor = self.position
             own = self.issuers[issuer] if issuer in self.issuers else None
-            for encoder, group in groups.items():
+            for encoder, members in audience.items():
                 data = encoded[encoder]
-                receivers += len(group) - (own in group)
-                for connection, put in group.items():
+                receivers += len(members) - (own in members)
+                for connection, put in members.items():
                     if connection is not own:
                         put(data)
             self.delivered += receivers * len(payloads)
@@ -2725,24 +2727,24 @@ class Log:
                 self.joined[name] = {}
                 if name[-1] == "*":
                     self.prefix_sizes[len(name) - 1] += 1
-            group = self.joined[name].setdefault(subscriber.encoder, {})
-            group[connection] = connection.pending.append
+            members = self.joined[name].setdefault(subscriber.encoder, {})
+            members[connection] = connection.pending.append
 
     def _leave(self, subscriber: Subscriber, name: str) -> None:
-        groups = self.joined[name] if name in self.joined else {}
-        group = groups[subscriber.encoder] if subscriber.encoder in groups else {}
-        if subscriber.connection not in group:
+        audience = self.joined[name] if name in self.joined else {}
+        members = audience[subscriber.encoder] if subscriber.encoder in audience else {}
+        if subscriber.connection not in members:
             return
-        del group[subscriber.connection]
-        if not group:
-            del groups[subscriber.encoder]
-        if not groups:
+        del members[subscriber.connection]
+        if not members:
+            del audience[subscriber.encoder]
+        if not audience:
             del self.joined[name]
             if name[-1] == "*":
                 self.prefix_sizes -= collections.Counter([len(name) - 1])  # none at zero are kept
 
-    def _find_groups(self, name: str) -> dict[Encoder, dict[Connection, Callable[[bytes], None]]]:
-        # Who has joined a channel by several patterns is in the groups once.
+    def _find_audience(self, name: str) -> Audience:
+        # Who has joined a channel by several patterns is in it once.
         joined = self.joined
         found = [joined[pattern] for size in self.prefix_sizes if size <= len(name)
                  and (pattern := name[:size] + "*") in joined]
@@ -2750,10 +2752,10 @@ class Log:
             found.append(joined[name])
         if len(found) < 2:
             return found[0] if found else {}
-        merged: dict[Encoder, dict[Connection, Callable[[bytes], None]]] = {}
-        for groups in found:
-            for encoder, group in groups.items():
-                merged.setdefault(encoder, {}).update(group)
+        merged: Audience = {}
+        for audience in found:
+            for encoder, members in audience.items():
+                merged.setdefault(encoder, {}).update(members)
         return merged
 
 
