@@ -2939,7 +2939,7 @@ class Outgoing:
         self.sent = 0.0  # when it was sent last; 0 where it has to be sent (again)
 
 
-class _Entry:
+class Incoming:
     """An entry as it was read. Raises any Exception where no Philote of this version wrote it.
 
     What is used later is tried here, such as the floor, so a bad entry is skipped as a whole.
@@ -3516,7 +3516,7 @@ class RedisLog(Log):
                 self.history.floor = self.position = _before(first)
             size += sum(map(len, fields))
             try:
-                self._receive_entry(first, _Entry(fields), touched)
+                self._receive_entry(first, Incoming(fields), touched)
             except Exception:
                 self.skipped += 1
                 if self.skipped == 1:
@@ -3557,7 +3557,7 @@ class RedisLog(Log):
         self.rested = time.monotonic()
         self.patience -= self.rested - begin
 
-    def _receive_entry(self, first: int, entry: _Entry, touched: dict[Connection, Any]) -> None:
+    def _receive_entry(self, first: int, entry: Incoming, touched: dict[Connection, Any]) -> None:
         if entry.kind == b"lift":
             self.tell_gap(_before(first))
             # As if the log began here: what others append again may have numbers that we have had.
@@ -3618,7 +3618,7 @@ class RedisLog(Log):
         self.expected[server] = number + 1, time.monotonic()
         return True
 
-    def _receive_notice(self, entry: _Entry) -> None:
+    def _receive_notice(self, entry: Incoming) -> None:
         value = entry.value
         if entry.kind == b"heartbeat":
             self._receive_heartbeat(entry.server, value)
