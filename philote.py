@@ -7245,19 +7245,25 @@ def _health(arguments: argparse.Namespace) -> int:
 
     signal.signal(signal.SIGALRM, give_up)
     signal.alarm(_ANSWER_TIME)
-    try:
+    where = _without_token(arguments.url)
+    with _expect_philote(f"{where} is no Philote server, or one that speaks TLS (wss://)"):
         code, answer = _get(arguments, "health", 4096)
         status, reason = answer["status"], answer.get("reason", "")
+    if code != 200:
+        raise PhiloteError(f"{where}: {status} (HTTP {code})" + (f": {reason}" if reason else ""))
+    _print(f"{where}: {_on_one_line(str(status))}")
+    return 0
+
+
+@contextlib.contextmanager
+def _expect_philote(otherwise: str) -> Iterator[None]:
+    # Within it an answer is taken apart. Raises PhiloteError where no Philote server has sent it.
+    try:
+        yield
     except OSError:  # first: a certificate that is refused is a ValueError, too
         raise
     except (http.client.HTTPException, *_NO_PHILOTE):
-        raise PhiloteError(f"{_without_token(arguments.url)} is no Philote server, or one that "
-                           "speaks TLS (wss://)") from None
-    if code != 200:
-        raise PhiloteError(f"{_without_token(arguments.url)}: {status} (HTTP {code})"
-                           + f": {reason}" * bool(reason))
-    _print(f"{_without_token(arguments.url)}: {_on_one_line(str(status))}")
-    return 0
+        raise PhiloteError(otherwise) from None
 
 
 def _get(arguments: argparse.Namespace, name: str, most: int | None = None, token: str = "",
@@ -7396,7 +7402,7 @@ def _subscribe(arguments: argparse.Namespace) -> int:
 def _history(arguments: argparse.Namespace) -> int:
     def ask(**past: Any) -> tuple[list[Message], int, bool]:
         token = arguments.token or _new_token(arguments.channels)
-        try:
+        with _expect_philote("this is no Philote server that keeps messages"):
             status, value = _get(arguments, "api/history", token=token,
                                  parameters={"channel": arguments.channels, **past})
             if status != 200:
@@ -7404,10 +7410,6 @@ def _history(arguments: argparse.Namespace) -> int:
             return ([Message(*(message.get(name, "") for name in Message._fields))
                      for message in value["messages"]],
                     decode_id(value["id"]), value["complete"])
-        except OSError:  # first: a certificate that is refused is a ValueError, too
-            raise
-        except (http.client.HTTPException, *_NO_PHILOTE):
-            raise PhiloteError("this is no Philote server that keeps messages") from None
 
     # Messages come in pages. The last is the one that reaches the position that the log has now. To
     # go on until a page is empty might take for ever, as others may publish faster than this reads.
