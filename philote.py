@@ -3709,15 +3709,14 @@ class Subscriber:
     encoders: tuple[Encoder, Encoder]  # without ids, and with them
     uncounted = 0  # bytes, see put_uncounted()
 
-    def __init__(self, connection: Connection, key: AccessKey, channels: Names, past: Past,
-                 rest: bytes) -> None:
+    def __init__(self, connection: Connection, key: AccessKey, channels: Names,
+                 past: Past) -> None:
         self.connection = connection
         self.server = connection.server
         self.id = str(uuid.uuid4())
         self.key = key
         self.channels = channels  # to join, and then those that it has joined
         self.past = past
-        self.rest = rest  # what was read together with the request, and is not part of it
         # Guarded by the log's lock.
         self.encoder = self.encoders[past.resumable]
         self.live = False  # whether it has joined; False while it catches up, see Log.replay()
@@ -3875,7 +3874,8 @@ class WebSocket(Subscriber):
 
     def __init__(self, connection: Connection, key: AccessKey, channels: Names, past: Past,
                  rest: bytes) -> None:
-        super().__init__(connection, key, channels, past, rest)
+        super().__init__(connection, key, channels, past)
+        self.rest = rest  # what was read together with the request, and is not part of it
         self.frames = read_frames(self.server.settings.max_message_size)
         next(self.frames)  # up to its first yield, where it takes bytes
         self.read_size = max(self.server.settings.read_buffer_size, _FULL_READ)
@@ -4792,8 +4792,7 @@ def follow_events(handler: HTTPHandler, request: Request) -> Response:
     """GET /api/events: follow channels, by default all that the token may read."""
     if "last-event-id" in request.headers:  # of a browser that comes back
         request.query["since"] = [request.headers["last-event-id"]]
-    stream = EventStream(
-        handler.connection, request.key, *find_past(handler, request), handler.buffer)
+    stream = EventStream(handler.connection, request.key, *find_past(handler, request))
     kinds = {word.partition(";")[0].strip() for word in request.tokens("accept")}
     if not kinds & {"", "*/*", "text/*", "text/event-stream"}:
         raise HTTPError(406, "this is a text/event-stream")
