@@ -181,7 +181,11 @@ class SettingsError(ValueError):
     """Settings that are not allowed, one line for each."""
 
 
-Kind = tuple[Callable[[str], Any], str]  # a parser, which raises ValueError, and what it allows
+class Kind(NamedTuple):
+    """What a setting takes."""
+
+    parse: Callable[[str], Any]  # raises ValueError
+    allowed: str  # the same in words
 
 
 def _number(low: float, high: float, what: str = "a number", convert: Any = int) -> Kind:
@@ -193,7 +197,7 @@ def _number(low: float, high: float, what: str = "a number", convert: Any = int)
         if not re.fullmatch(pattern, text) or not low <= convert(text) <= high:
             raise ValueError
         return convert(text)
-    return parse, f"{what} from {low} to {high}"
+    return Kind(parse, f"{what} from {low} to {high}")
 
 
 def _parse_level(text: str) -> str:
@@ -288,23 +292,23 @@ _LEVELS = {
 }
 _SIZE = _number(1, 2**30, "a number of bytes")
 _SECONDS = _number(0, 86400, "a number of seconds", float)
-_SECRET = _parse_secret, "any text that is not a public key, a certificate or a JWK"
-_TEXT = str, "any text"
-_KEYS = _parse_keys, ("the path of a file, or the URL of a JWKS: https://, and http:// on this "
-                      "machine")
-_HOST = _parse_host, "an address or name of this machine, unix:PATH, or nothing for all"
-_FILE = _parse_file, "the path of a file"
-_LEVEL = _parse_level, "one of " + ", ".join(_LEVELS)
+_SECRET = Kind(_parse_secret, "any text that is not a public key, a certificate or a JWK")
+_TEXT = Kind(str, "any text")
+_KEYS = Kind(_parse_keys, "the path of a file, or the URL of a JWKS: https://, and http:// on this "
+                          "machine")
+_HOST = Kind(_parse_host, "an address or name of this machine, unix:PATH, or nothing for all")
+_FILE = Kind(_parse_file, "the path of a file")
+_LEVEL = Kind(_parse_level, "one of " + ", ".join(_LEVELS))
 _RATE = _number(0, 10**9, "a number of messages a second (0: no limit)", float)
-_BOOLEAN = _parse_boolean, "true or false"
-_REDIS = _parse_redis_url, "redis://HOST:PORT/DB, rediss:// (TLS) or unix://PATH"
-_ORIGINS = _parse_origins, "true, false, or a list of origins such as https://example.com"
+_BOOLEAN = Kind(_parse_boolean, "true or false")
+_REDIS = Kind(_parse_redis_url, "redis://HOST:PORT/DB, rediss:// (TLS) or unix://PATH")
+_ORIGINS = Kind(_parse_origins, "true, false, or a list of origins such as https://example.com")
 
 
 def _setting(default: Any, kind: Kind, meaning: str, shown: bool = True) -> Any:
     # `shown` is false for what may hold a secret: repr(), /api/info and `philote check` omit it.
     return dataclasses.field(default=default, repr=shown, metadata={
-        "parse": kind[0], "allowed": kind[1], "meaning": meaning})
+        "parse": kind.parse, "allowed": kind.allowed, "meaning": meaning})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -539,7 +543,7 @@ class _Secret(jwt.PyJWK):
         try:
             self.key = _signing_key(_parse_secret(secret))
         except ValueError:
-            raise SettingsError(f"SECRET, OLD_SECRET: a secret is {_SECRET[1]}") from None
+            raise SettingsError(f"SECRET, OLD_SECRET: a secret is {_SECRET.allowed}") from None
 
 
 def _public_key(key: Any) -> Key:
@@ -3674,8 +3678,9 @@ def _find_redis(url: str) -> tuple[Any, Callable[[], Any], str]:
         one = connect()  # made, not opened: it raises where it does not know an option
     except (ValueError, TypeError, redis.RedisError):  # whose text may hold the password
         raise SettingsError(
-            _not_allowed("REDIS_URL", "", _REDIS[1]) + "; a password has to be percent-encoded in "
-            "it, and what stands behind ? must be options of redis-py") from None
+            _not_allowed("REDIS_URL", "", _REDIS.allowed) + "; a password has to be "
+            "percent-encoded in it, and what stands behind ? must be options of redis-py"
+        ) from None
     return redis, connect, getattr(one, "path", "") or f"{one.host}:{one.port}"
 
 
@@ -7233,7 +7238,7 @@ def _check_host(settings: Settings) -> None:
     try:
         _resolve(settings.host, settings.port)
     except (socket.gaierror, UnicodeError):  # the latter for a name that no host can have
-        raise SettingsError(_not_allowed("HOST", settings.host, _HOST[1])) from None
+        raise SettingsError(_not_allowed("HOST", settings.host, _HOST.allowed)) from None
 
 
 def _health(arguments: argparse.Namespace) -> int:
