@@ -775,8 +775,9 @@ class Keyring:
                              "ISSUER)") from None
         except (jwt.PyJWTError, ValueError, TypeError, OverflowError, RecursionError):
             # PyJWT lets all these out; an exp of Infinity overflows in its version 2.14.
-            raise TokenError("the token is malformed, or not signed with this server's secret"
-                             + " or public keys" * bool(self.settings.public_keys)) from None
+            known = "secret or public keys" if self.settings.public_keys else "secret"
+            raise TokenError("the token is malformed, or not signed with this server's "
+                             + known) from None
         return self._access_key(claims)
 
     def _verify(self, token: str, wait: _Wait) -> dict[str, Any]:
@@ -4427,7 +4428,7 @@ class HTTPHandler:
         if now < self.deadline:
             return self.deadline
         late = HTTPError(408, f"a request must be complete within {self.timeout:g} seconds",
-                         "request_timeout", _CLOSE)
+                         headers=_CLOSE)
         # A client that has sent nothing is told nothing: it could take that for the answer to the
         # request that it is just sending.
         begun = self.begun  # read once: the other thread may change it meanwhile
@@ -4592,7 +4593,7 @@ class HTTPHandler:
         origin = check_origin(self.server.settings, request)
         if origin and not request.wants_upgrade:
             self.cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
-        methods = {endpoint.method, "OPTIONS", *["HEAD"] * (endpoint.method == "GET")}
+        methods = {endpoint.method, "OPTIONS"} | ({"HEAD"} if endpoint.method == "GET" else set())
         allowed = ", ".join(sorted(methods))
         if request.method == "OPTIONS":
             return Response(204, b"", {
@@ -4780,8 +4781,9 @@ def find_past(handler: HTTPHandler, request: Request) -> tuple[Names, Past]:
             if len(given.get(name, [])) > 1:
                 raise Refused(f"there may be one {name}")
         past = parse_past(*(given.get(name, [None])[0] for name in ("since", "last")))
-    except Refused as error:  # the rules are those of a subscription's message, see Refused
-        raise HTTPError(400, str(error), error.code.replace("message", "request")) from None
+    except Refused as error:  # the rules are those of a subscription, but this is no message
+        code = "bad_request" if error.code == "bad_message" else error.code
+        raise HTTPError(400, str(error), code) from None
     return names, past
 
 
@@ -5281,7 +5283,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None  # called by fail()
         self.log = make_log(settings)
-        self.log.end_own, self.log.stopping = self.end_connections, self.stopping
+        self.log.end_own, self.log.stopping = self.end_own, self.stopping
         self.admission = Admission(settings, self.stopping)
         self.metrics = Metrics(self.admission, self.log)
         self.keys = Keyring(settings)
@@ -5582,8 +5584,8 @@ class Server(socketserver.ThreadingTCPServer):
 
     # The end
 
-    def end_connections(self, user: str = "", issuer: str = "") -> int:
-        """End the connections of a user or an issuer with close 4403; returns how many."""
+    def end_own(self, user: str = "", issuer: str = "") -> int:
+        """End the connections here of a user or an issuer with close 4403; returns how many."""
         return sum(subscriber.end(ENDED, "ended by an operator")
                    for subscriber in self._subscribers()
                    if user and subscriber.key.user == user or issuer and subscriber.id == issuer)
@@ -5604,7 +5606,7 @@ class Server(socketserver.ThreadingTCPServer):
             return
         try:
             self._stop_listening()
-            self._end_connections(time.monotonic() + timeout, min(1, timeout / 5))
+            self._end_all(time.monotonic() + timeout, min(1, timeout / 5))
         finally:
             self.log.close()
             self.poller.stop()
@@ -5619,7 +5621,7 @@ class Server(socketserver.ThreadingTCPServer):
             self.acceptor.join(1)
         self.server_close()
 
-    def _end_connections(self, deadline: float, time_to_cut: float) -> None:
+    def _end_all(self, deadline: float, time_to_cut: float) -> None:
         # Each step takes as long as there is anything to wait for and time is left. The last one
         # has `time_to_cut` for itself, and step 2 leaves as much to 3 and 4:
         #
