@@ -1167,7 +1167,9 @@ class Transport:
     """
 
     __slots__ = ("sock", "descriptor", "is_unix")
-    owed = 0  # bytes that send() has begun to write, and must be given again; only TLS owes any
+    # Bytes that send() has begun to write, but not counted as sent: its next call must begin with
+    # the same. Only TLS owes any.
+    owed = 0
 
     def __init__(self, sock: socket.socket) -> None:
         self.sock = sock
@@ -1416,7 +1418,7 @@ class SwitchInterval:
     TOO_MANY = 20_000  # other switches a second; each costs 15 us where machines are slow
 
     def __init__(self) -> None:
-        # Used by all threads without a lock: it may be looked twice, and some reads not be counted.
+        # Used by all threads without a lock: two may look at once, and some reads go uncounted.
         self.reads = 0
         self.seen = self.switches = 0  # reads and switches at the last look
         self.looked = self.due = self.until = 0.0  # when that was; when to look again, or shorten
@@ -3816,7 +3818,7 @@ class Subscriber:
     # Any thread
 
     def put_uncounted(self, data: bytes) -> None:
-        """Queue what for tell_position() does not count as sent: it moves no client's position.
+        """Queue what moves no client's position, so that tell_position() does not count it.
 
         Where two threads count at once, one may be lost; then the position comes an interval later.
         """
@@ -3865,8 +3867,9 @@ class Subscriber:
 
 _PONGS = 16  # pings of one read that are answered one by one; of more, the last (RFC 6455, 5.5.3)
 _LONGEST_LOOK = 5  # seconds between two looks whether a subscriber with ids was sent anything
-_CONTROL_COST = 0.1  # messages that a ping, a pong or a fragment counts as, for MAX_MESSAGE_RATE
-_REFUSED_COST = 10  # messages that a dropped one counts as in addition, for MAX_MESSAGE_RATE
+# What counts for MAX_MESSAGE_RATE, in messages.
+_CONTROL_COST = 0.1  # a ping, a pong or a fragment
+_REFUSED_COST = 10  # a message that is dropped, beside the 1 of any message
 _BAD_BYTES = 5_000  # of a bad message that cost 1, see Connection.charge(): to find out that a
 #                     megabyte is bad takes 30 ms, in which no other thread can do anything
 
@@ -5219,10 +5222,10 @@ class BackgroundHandler(logging.handlers.QueueHandler):
 
 
 class LogLimit:
-    """Lets lines about something be logged once in a while; remembers 1,024 such things.
+    """Limits how often the same thing is logged; remembers up to 1,024 things.
 
-    While it remembers so many, there are no lines about others: a flood of lines ends, wherever it
-    comes from.
+    While it remembers so many, nothing else is logged: so a flood of lines ends, even one in which
+    each is about another thing.
     """
 
     def __init__(self) -> None:
@@ -5290,8 +5293,9 @@ class Server(socketserver.ThreadingTCPServer):
         # A free-threaded CPython takes the lock up again when it loads a compiled package that was
         # not made for it, such as hiredis. All that the settings ask for is loaded by now.
         self.interpreter_lock: bool = getattr(sys, "_is_gil_enabled", lambda: True)()
-        self.log_limit = LogLimit()  # of lines about what peers do
-        self.own_log_limit = LogLimit()  # of others, which no flood of those can silence
+        # Of lines about what peers do, and of all others: a flood of the former silences none of
+        # the latter.
+        self.log_limit, self.own_log_limit = LogLimit(), LogLimit()
         # For who owns the process, as `philote serve` does: set where there is an interpreter's
         # lock to share. A thread that a program's own code started in a pinned one would stay so.
         self.switch_interval: SwitchInterval | None = None
@@ -6668,9 +6672,9 @@ class _Link:
                 self.sock.send(self.protocol.send(wsproto.events.TextMessage(text)))
                 return True
             except BaseException as error:
-                # Half of the message may be written, so nothing may follow it. A ProtocolError
-                # where the connection is closing. The system's errors have a number, which the one
-                # that the handler of a signal raises has hardly ever.
+                # Half of the message may be written, so nothing may follow it. A ProtocolError is
+                # raised where the connection is closing. An OSError with an errno is the system's;
+                # one without it most likely comes from the handler of a signal, and is passed on.
                 if (isinstance(error, (ConnectionError, ProtocolError))
                         or isinstance(error, OSError) and error.errno):
                     self.sock.end_output()  # what the server has sent can still be read
