@@ -1387,135 +1387,6 @@ def _slice(buffers: Sequence[bytes | memoryview], at: int, size: int) -> bytes |
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-class SwitchInterval:
-    """Keeps threads that wait for the interpreter's lock from spending the CPU on asking for it.
-
-    A thread that waits for that lock asks its holder to let go, once in each switch interval. With
-    a short one, a busy thread delays the others little. But when thousands are woken at once, they
-    do nothing but ask, and the one that gets the lock loses it again after a few instructions: at
-    0.5 ms, 3,000 peers that sent one ping each kept both cores busy for 27 s. At 1 s each thread is
-    done before it is asked to let go, and all of them take 0.5 s.
-
-    Nothing tells how many threads are waiting. But each sleeps before it asks, which the system
-    counts as a voluntary context switch (getrusage(2)). When there are far more of these than the
-    reads explain, the interval is made long at once; after a while it is shortened, step by step,
-    until there are too many again.
-    """
-
-    SHORT, LONG = 0.0005, 1.0  # seconds
-    # Where thousands are woken at once, the look that finds it out may come too late: if they begin
-    # to ask before it, no thread gets far enough to look. So with more than FEW threads the
-    # interval is at least so many seconds for each above FEW: with thousands, about as long as a
-    # message to all of them takes.
-    FEW, PER_THREAD = 300, 0.00001
-    # Seconds between two looks, at least. During a look the interval is long, and who begins to
-    # wait then does not ask for so long: with a look every 5 ms, one in a hundred messages beside a
-    # flood took twice as long.
-    PAUSE = 0.02
-    HOLD = 0.1  # seconds that the interval stays long, before it is shortened
-    NEWCOMER = 0.001  # seconds: the interval, and how long it stays so, for each newcomer
-    EXPLAINED = 8  # switches that a read explains: it sleeps, and then asks a few times
-    TOO_MANY = 20_000  # other switches a second; each costs 15 us where machines are slow
-
-    def __init__(self) -> None:
-        # Used by all threads without a lock: two may look at once, and some reads go uncounted.
-        self.reads = 0
-        self.seen = self.switches = 0  # reads and switches at the last look
-        self.looked = self.due = self.until = 0.0  # when that was; when to look again, or shorten
-        self.interval = self.SHORT
-        sys.setswitchinterval(self.interval)
-
-    def count_read(self) -> None:
-        """Count that a thread has waited for its peer, or is done; look, if it is time."""
-        self.reads += 1
-        if (now := time.monotonic()) >= self.due:
-            # First of all, or this thread might lose the lock many times before it has looked.
-            sys.setswitchinterval(self.LONG)
-            self.due = now + self.PAUSE
-            self._look(now)
-
-    def expect(self, newcomers: int) -> None:
-        """Let threads that are about to start run one after the other: each needs about 1 ms."""
-        seconds = newcomers * self.NEWCOMER
-        self.interval = max(self.interval, seconds)
-        self.until = max(self.until, time.monotonic() + seconds)
-        sys.setswitchinterval(self.interval)
-
-    def _look(self, now: float) -> None:
-        switches, reads = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw, self.reads
-        began, now = now, time.monotonic()
-        asked = switches - self.switches - self.EXPLAINED * (reads - self.seen)
-        if asked > self.TOO_MANY * (now - self.looked) > 0:
-            self.interval, self.until = self.LONG, now + self.HOLD
-        else:
-            many = self.PER_THREAD * (_thread._count() - self.FEW)
-            shorter = self.interval / 4 if now >= self.until else self.interval
-            self.interval = max(self.SHORT, many, shorter)
-        self.looked, self.seen, self.switches = now, reads, switches
-        sys.setswitchinterval(self.interval)
-        # getrusage() adds up what all threads did, which takes 1 ms for 10,000 of them: at most a
-        # fiftieth of the time is for looks. A long one may only have waited for a processor, so the
-        # next is never put off for longer than HOLD.
-        self.due = max(self.due, now + min(self.HOLD, 50 * (now - began)))
-
-
-class Affinity:
-    """Lets the threads of new connections begin on one processor, that of the accepting thread.
-
-    Of threads that share one interpreter's lock, one works at a time. The system begins each of
-    them where there is least to do. So with every other turn of the lock a processor has to wake
-    up, and finds nothing of what the interpreter needs in its cache. Therefore the accepting thread
-    is pinned to its processor while newcomers come, and so are its threads, which inherit that,
-    until they have sent their first answer. On 2 cores that saves a fifth of what a new connection
-    costs.
-
-    Once a second the accepting thread is unpinned, so that the system can move it to where there is
-    less to do.
-    """
-
-    HOLD = 1  # seconds
-
-    def __init__(self) -> None:
-        self.until = 0.0  # when the accepting thread is to be unpinned; 0: it is not pinned
-
-    @staticmethod
-    def is_possible() -> bool:
-        """Find out whether the system can; in a process of its own, which a sandbox may kill."""
-        if not hasattr(_system, "sched_getcpu") or not hasattr(os, "sched_setaffinity"):
-            return False  # sched_setaffinity(2) is of Linux, and a few others
-        with contextlib.suppress(OSError):
-            if child := os.fork():
-                return os.waitpid(child, 0)[1] == 0
-            try:
-                os.sched_setaffinity(0, os.sched_getaffinity(0))
-                os._exit(0)
-            finally:
-                os._exit(1)
-        return False
-
-    def pin(self) -> None:
-        """Stay on this processor: the accepting thread, before it starts others."""
-        if not self.until:
-            with contextlib.suppress(OSError, ValueError, MemoryError):
-                os.sched_setaffinity(0, {_system.sched_getcpu()})
-                self.until = time.monotonic() + self.HOLD
-
-    def unpin_if_due(self) -> None:
-        """Unpin the accepting thread, if it is time, for its next wait."""
-        if self.until and time.monotonic() >= self.until:
-            self.until = 0.0
-            self.unpin()
-
-    @staticmethod
-    def unpin() -> None:
-        """Let this thread run wherever the main thread may, which is never pinned.
-
-        So what somebody asks of the whole process while it runs, as by `taskset`, holds for it.
-        """
-        with contextlib.suppress(OSError, MemoryError):
-            os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
-
-
 # --------------------------------------------------------------------------------------- connection
 # What every connection is made of, whichever protocol it speaks: its state, a queue in front of
 # its socket, and a deadline. Whoever queues something writes it, in its own thread and without
@@ -4973,6 +4844,141 @@ ENDPOINTS = {
     "/metrics": Endpoint("GET", tell_metrics, "api"),
     "/health": Endpoint("GET", tell_health),
 }
+
+
+# --------------------------------------------------------------------------- the interpreter's lock
+# The threads of a process share one lock (the GIL), unless the CPython is free-threaded. These two
+# classes make thousands of threads cheap all the same: SwitchInterval where many are woken at once,
+# Affinity where many are started. Only `philote serve` uses them, since both change what belongs to
+# the whole process.
+
+class SwitchInterval:
+    """Keeps threads that wait for the interpreter's lock from spending the CPU on asking for it.
+
+    A thread that waits for that lock asks its holder to let go, once in each switch interval. With
+    a short one, a busy thread delays the others little. But when thousands are woken at once, they
+    do nothing but ask, and the one that gets the lock loses it again after a few instructions: at
+    0.5 ms, 3,000 peers that sent one ping each kept both cores busy for 27 s. At 1 s each thread is
+    done before it is asked to let go, and all of them take 0.5 s.
+
+    Nothing tells how many threads are waiting. But each sleeps before it asks, which the system
+    counts as a voluntary context switch (getrusage(2)). When there are far more of these than the
+    reads explain, the interval is made long at once; after a while it is shortened, step by step,
+    until there are too many again.
+    """
+
+    SHORT, LONG = 0.0005, 1.0  # seconds
+    # Where thousands are woken at once, the look that finds it out may come too late: if they begin
+    # to ask before it, no thread gets far enough to look. So with more than FEW threads the
+    # interval is at least so many seconds for each above FEW: with thousands, about as long as a
+    # message to all of them takes.
+    FEW, PER_THREAD = 300, 0.00001
+    # Seconds between two looks, at least. During a look the interval is long, and who begins to
+    # wait then does not ask for so long: with a look every 5 ms, one in a hundred messages beside a
+    # flood took twice as long.
+    PAUSE = 0.02
+    HOLD = 0.1  # seconds that the interval stays long, before it is shortened
+    NEWCOMER = 0.001  # seconds: the interval, and how long it stays so, for each newcomer
+    EXPLAINED = 8  # switches that a read explains: it sleeps, and then asks a few times
+    TOO_MANY = 20_000  # other switches a second; each costs 15 us where machines are slow
+
+    def __init__(self) -> None:
+        # Used by all threads without a lock: two may look at once, and some reads go uncounted.
+        self.reads = 0
+        self.seen = self.switches = 0  # reads and switches at the last look
+        self.looked = self.due = self.until = 0.0  # when that was; when to look again, or shorten
+        self.interval = self.SHORT
+        sys.setswitchinterval(self.interval)
+
+    def count_read(self) -> None:
+        """Count that a thread has waited for its peer, or is done; look, if it is time."""
+        self.reads += 1
+        if (now := time.monotonic()) >= self.due:
+            # First of all, or this thread might lose the lock many times before it has looked.
+            sys.setswitchinterval(self.LONG)
+            self.due = now + self.PAUSE
+            self._look(now)
+
+    def expect(self, newcomers: int) -> None:
+        """Let threads that are about to start run one after the other: each needs about 1 ms."""
+        seconds = newcomers * self.NEWCOMER
+        self.interval = max(self.interval, seconds)
+        self.until = max(self.until, time.monotonic() + seconds)
+        sys.setswitchinterval(self.interval)
+
+    def _look(self, now: float) -> None:
+        switches, reads = resource.getrusage(resource.RUSAGE_SELF).ru_nvcsw, self.reads
+        began, now = now, time.monotonic()
+        asked = switches - self.switches - self.EXPLAINED * (reads - self.seen)
+        if asked > self.TOO_MANY * (now - self.looked) > 0:
+            self.interval, self.until = self.LONG, now + self.HOLD
+        else:
+            many = self.PER_THREAD * (_thread._count() - self.FEW)
+            shorter = self.interval / 4 if now >= self.until else self.interval
+            self.interval = max(self.SHORT, many, shorter)
+        self.looked, self.seen, self.switches = now, reads, switches
+        sys.setswitchinterval(self.interval)
+        # getrusage() adds up what all threads did, which takes 1 ms for 10,000 of them: at most a
+        # fiftieth of the time is for looks. A long one may only have waited for a processor, so the
+        # next is never put off for longer than HOLD.
+        self.due = max(self.due, now + min(self.HOLD, 50 * (now - began)))
+
+
+class Affinity:
+    """Lets the threads of new connections begin on one processor, that of the accepting thread.
+
+    Of threads that share one interpreter's lock, one works at a time. The system begins each of
+    them where there is least to do. So with every other turn of the lock a processor has to wake
+    up, and finds nothing of what the interpreter needs in its cache. Therefore the accepting thread
+    is pinned to its processor while newcomers come, and so are its threads, which inherit that,
+    until they have sent their first answer. On 2 cores that saves a fifth of what a new connection
+    costs.
+
+    Once a second the accepting thread is unpinned, so that the system can move it to where there is
+    less to do.
+    """
+
+    HOLD = 1  # seconds
+
+    def __init__(self) -> None:
+        self.until = 0.0  # when the accepting thread is to be unpinned; 0: it is not pinned
+
+    @staticmethod
+    def is_possible() -> bool:
+        """Find out whether the system can; in a process of its own, which a sandbox may kill."""
+        if not hasattr(_system, "sched_getcpu") or not hasattr(os, "sched_setaffinity"):
+            return False  # sched_setaffinity(2) is of Linux, and a few others
+        with contextlib.suppress(OSError):
+            if child := os.fork():
+                return os.waitpid(child, 0)[1] == 0
+            try:
+                os.sched_setaffinity(0, os.sched_getaffinity(0))
+                os._exit(0)
+            finally:
+                os._exit(1)
+        return False
+
+    def pin(self) -> None:
+        """Stay on this processor: the accepting thread, before it starts others."""
+        if not self.until:
+            with contextlib.suppress(OSError, ValueError, MemoryError):
+                os.sched_setaffinity(0, {_system.sched_getcpu()})
+                self.until = time.monotonic() + self.HOLD
+
+    def unpin_if_due(self) -> None:
+        """Unpin the accepting thread, if it is time, for its next wait."""
+        if self.until and time.monotonic() >= self.until:
+            self.until = 0.0
+            self.unpin()
+
+    @staticmethod
+    def unpin() -> None:
+        """Let this thread run wherever the main thread may, which is never pinned.
+
+        So what somebody asks of the whole process while it runs, as by `taskset`, holds for it.
+        """
+        with contextlib.suppress(OSError, MemoryError):
+            os.sched_setaffinity(0, os.sched_getaffinity(os.getpid()))
 
 
 # ------------------------------------------------------------------------------------------- server
