@@ -4406,56 +4406,6 @@ class HTTPHandler:
         self.buffer, self.unread = bytes(body[size:]), False
         return bytes(body[:size])
 
-    def publish(self, request: Request,
-                messages: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
-        """Publish messages, as slowly as MAX_MESSAGE_RATE demands; returns an answer for each.
-
-        Raises HTTPError: 403; 429; 401 for a token that expired meanwhile; 503 where the server
-        stops or Redis fails. Behind the last of these the messages may still be published.
-        """
-        connection = self.connection
-        connection.received += len(messages)
-        for channel, _ in messages:
-            if not request.key.may_write(channel):
-                raise HTTPError(403, f"the token may not write the channel {_shown(channel)}")
-        # Before the wait: what waits for its rate when the server stops is published, not refused.
-        if self.server.stopping.is_set():
-            raise HTTPError(503, "the server is shutting down", "shutting_down")
-        cost = sum(1 + (len(data) >> 14) for _, data in messages)
-        if (delay := connection.rate.take(cost)) > self.timeout:
-            connection.rate.take(-cost)  # gives it back: nothing is published
-            raise HTTPError(429, f"at MAX_MESSAGE_RATE this would take {delay:.0f} seconds, and a "
-                            f"request may take {self.timeout:g}", headers=_RETRY)
-        if delay:
-            connection.pause(delay)
-            if request.key.expired:
-                raise HTTPError(401, "the token has expired")
-        # After that wait, during which others may have taken the room.
-        if not self.server.log.wait_for_room(connection, _UNAVAILABLE_TIME):
-            if self.server.stopping.is_set():
-                raise HTTPError(503, "the server is shutting down", "shutting_down")
-            reason = self.server.log.reason or "too much waits for Redis"
-            raise HTTPError(503, f"nothing was published: {reason}", "unavailable", _RETRY)
-        # An issuer that no subscriber has, so that nobody is left out as the publisher. ack() is
-        # called under the log's lock: in this thread, or with Redis by the read thread, when the
-        # message has come back. `receivers` are those of this server.
-        issuer, answers, done = str(uuid.uuid4()), dict[int, dict[str, Any]](), threading.Event()
-
-        def ack(index: int, position: int, receivers: int) -> None:
-            answers[index] = {
-                "issuer": issuer, "id": encode_id(position), "receivers": receivers}
-            if len(answers) == len(messages):
-                done.set()
-
-        batch = Batch(self.server, issuer, request.key.user, connection)
-        for index, (channel, data) in enumerate(messages):
-            batch.add(channel, data, functools.partial(ack, index))
-        batch.flush()
-        if messages and not done.wait(_UNAVAILABLE_TIME):
-            raise HTTPError(503, "the messages have not come back from the log; they may still be "
-                            "published", "unavailable", _RETRY)
-        return [answers[index] for index in range(len(messages))]
-
     def _answer(self, request: Request) -> Response:
         # A WebSocket may be opened at any path. Browsers ask for OPTIONS without a token, before a
         # request of another site's page (CORS). To HEAD the endpoint answers as to GET.
@@ -4520,8 +4470,8 @@ class HTTPHandler:
 # ---------------------------------------------------------------------------------------- endpoints
 # First what finds out who asks, then functions from a request to a response, the endpoints. The
 # table ENDPOINTS at the end says which of them a path leads to, and what method and token it takes;
-# HTTPHandler._answer() checks these, then calls the endpoint. Endpoints read a body and publish
-# through the handler, and raise HTTPError.
+# HTTPHandler._answer() checks these, then calls the endpoint. Endpoints read a body through
+# the handler, and raise HTTPError.
 
 MAX_MESSAGES = 10_000  # in the list of one request
 _UNIX_PEER = "unix"  # stands for the address of whoever comes over a Unix socket
@@ -4721,9 +4671,60 @@ def publish(handler: HTTPHandler, request: Request) -> Response:
         del body, value  # they may be large, and wait long
     except (Refused, UnicodeDecodeError) as error:
         raise HTTPError(400, str(error), "bad_message") from None
-    answers = handler.publish(request, messages)
+    answers = publish_all(handler, request, messages)
     handler.charge = 0
     return respond_json(answers[0] if single else answers)
+
+
+def publish_all(handler: HTTPHandler, request: Request,
+                messages: Sequence[tuple[str, str]]) -> list[dict[str, Any]]:
+    """Publish messages, as slowly as MAX_MESSAGE_RATE demands; returns an answer for each.
+
+    Raises HTTPError: 403; 429; 401 for a token that expired meanwhile; 503 where the server
+    stops or Redis fails. Behind the last of these the messages may still be published.
+    """
+    server, connection, timeout = handler.server, handler.connection, handler.timeout
+    connection.received += len(messages)
+    for channel, _ in messages:
+        if not request.key.may_write(channel):
+            raise HTTPError(403, f"the token may not write the channel {_shown(channel)}")
+    # Before the wait: what waits for its rate when the server stops is published, not refused.
+    if server.stopping.is_set():
+        raise HTTPError(503, "the server is shutting down", "shutting_down")
+    cost = sum(1 + (len(data) >> 14) for _, data in messages)
+    if (delay := connection.rate.take(cost)) > timeout:
+        connection.rate.take(-cost)  # gives it back: nothing is published
+        raise HTTPError(429, f"at MAX_MESSAGE_RATE this would take {delay:.0f} seconds, and a "
+                        f"request may take {timeout:g}", headers=_RETRY)
+    if delay:
+        connection.pause(delay)
+        if request.key.expired:
+            raise HTTPError(401, "the token has expired")
+    # After that wait, during which others may have taken the room.
+    if not server.log.wait_for_room(connection, _UNAVAILABLE_TIME):
+        if server.stopping.is_set():
+            raise HTTPError(503, "the server is shutting down", "shutting_down")
+        reason = server.log.reason or "too much waits for Redis"
+        raise HTTPError(503, f"nothing was published: {reason}", "unavailable", _RETRY)
+    # An issuer that no subscriber has, so that nobody is left out as the publisher. ack() is
+    # called under the log's lock: in this thread, or with Redis by the read thread, when the
+    # message has come back. `receivers` are those of this server.
+    issuer, answers, done = str(uuid.uuid4()), dict[int, dict[str, Any]](), threading.Event()
+
+    def ack(index: int, position: int, receivers: int) -> None:
+        answers[index] = {
+            "issuer": issuer, "id": encode_id(position), "receivers": receivers}
+        if len(answers) == len(messages):
+            done.set()
+
+    batch = Batch(server, issuer, request.key.user, connection)
+    for index, (channel, data) in enumerate(messages):
+        batch.add(channel, data, functools.partial(ack, index))
+    batch.flush()
+    if messages and not done.wait(_UNAVAILABLE_TIME):
+        raise HTTPError(503, "the messages have not come back from the log; they may still be "
+                        "published", "unavailable", _RETRY)
+    return [answers[index] for index in range(len(messages))]
 
 
 def end_connections(handler: HTTPHandler, request: Request) -> Response:
