@@ -348,7 +348,8 @@ class Settings:
         1 << 24, _number(0, 2**40, "a number of bytes"), "bytes of messages that are kept; the "
         "oldest go first")
     redis_url: str = _setting(
-        "", _REDIS, "all servers that share this Redis are one; needs philote[redis]", shown=False)
+        "", _REDIS, "all servers that share this Redis are one; needs the packages redis and "
+        "hiredis", shown=False)
     redis_key: str = _setting("philote", _TEXT, "the stream that they share there")
     read_buffer_size: int = _setting(
         1024, _SIZE, "bytes that are read at a time; up to 64 KiB are read anyway")
@@ -740,8 +741,8 @@ class Keyring:
             options={"verify_aud": bool(settings.audience), "verify_iss": bool(settings.issuer),
                      "verify_sub": False, "verify_jti": False})
         if settings.public_keys and not jwt.algorithms.has_crypto:
-            raise ImportError("PUBLIC_KEYS needs the package cryptography; install it with: "
-                              "pip install 'philote[keys]', or cryptography beside the file")
+            raise ImportError("PUBLIC_KEYS needs one more package; install it with: "
+                              "pip install cryptography")
         if "://" in settings.public_keys:
             self.provider = Provider(settings.public_keys)
         else:
@@ -3540,8 +3541,8 @@ def _find_redis(url: str) -> tuple[Any, Callable[[], Any], str]:
         redis: Any = importlib.import_module("redis")
         importlib.import_module("hiredis")  # several times as fast
     except ImportError:
-        raise PhiloteError("REDIS_URL needs more packages; install them with: pip install "
-                           "'philote[redis]', or 'redis[hiredis]' beside the file") from None
+        raise PhiloteError("REDIS_URL needs more packages; install them with: "
+                           "pip install 'redis[hiredis]'") from None
     try:
         # The pool is only asked what the URL says; some options that may stand there are ours. No
         # retries of the library's: what has to be sent again, only the outbox knows.
