@@ -699,7 +699,7 @@ def _read_key_set(text: bytearray) -> dict[str, Key]:
 
     keys = {}
     for jwk in json.loads(text)["keys"]:
-        with contextlib.suppress(jwt.PyJWTError, ValueError, TypeError, AttributeError,
+        with contextlib.suppress(jwt.PyJWTError, ValueError, TypeError, AttributeError, KeyError,
                                  NotImplementedError, UnsupportedAlgorithm):
             kid, key = jwk.get("kid"), _public_key(jwt.PyJWK(jwk).key)
             if (kid and jwk.get("use") in (None, "sig")

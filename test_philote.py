@@ -973,6 +973,7 @@ def test_the_keys_of_a_provider_are_for_what_their_kind_and_id_say(provider, mon
         jwk("rsa2048", "for all", key_ops=[]), jwk("rsa2048", "for any", key_ops=None),
         # None of these takes the others with it.
         5, None, [], {}, {"kty": "RSA", "kid": "x", "n": 5, "e": []}, jwk("rsa2048", ["one"]),
+        {"kty": "oct", "kid": "x"},
         *[jwk("rsa2048", "bad", alg=bad) for bad in (5, ["RS256"], {"a": 1}, "none", "new")])
     with trusting(provider) as server:
         for kid, kind, algorithm in (
