@@ -5320,10 +5320,6 @@ class Server(socketserver.ThreadingTCPServer):
         except BaseException:
             self.log.close()
             raise
-        self.poller = Poller(self.fail)
-        # A descriptor in reserve: where there is no other, it is closed to accept a newcomer and
-        # refuse it. The accepting thread's, then stop()'s.
-        self.reserve: int | None = os.open(os.devnull, os.O_RDONLY)
         self.socket.setblocking(False)
         self.acceptor = threading.Thread(target=self._accept, name="philote-accept", daemon=True)
 
@@ -5348,6 +5344,14 @@ class Server(socketserver.ThreadingTCPServer):
                 socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, int(bool(self.settings.host)))
         self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, self.settings.reuse_port)
         super().server_bind()
+
+    def server_activate(self) -> None:
+        """Listen. Whatever raises here, socketserver calls server_close()."""
+        self.poller = Poller(self.fail)
+        super().server_activate()
+        # A descriptor in reserve: where there is no other, it is closed to accept a newcomer and
+        # refuse it. The accepting thread's, then stop()'s.
+        self.reserve: int | None = os.open(os.devnull, os.O_RDONLY)
 
     def server_close(self) -> None:
         """Close the listening socket; its file is removed, unless it is another's by now."""

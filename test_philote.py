@@ -3351,6 +3351,26 @@ def test_a_server_that_cannot_listen_leaves_no_descriptor(server):
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+def test_a_server_that_finds_no_descriptor_while_it_starts_leaves_no_file(tmp_path):
+    code = """import gc, os, philote, resource, sys
+used = len(os.listdir("/proc/self/fd")) - 1
+settings = philote.Settings(host="unix:" + sys.argv[1])
+for spare in range(8):
+    resource.setrlimit(resource.RLIMIT_NOFILE, (used + spare, 100))
+    try:
+        philote.Server(settings).stop()
+        print("listened", end=" ")
+    except OSError as error:
+        print(error.errno, end=" ")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, 100))
+    assert not os.path.exists(sys.argv[1]), spare
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) - 1 == used, spare"""
+    done = subprocess.run([sys.executable, "-c", code, tmp_path / "s"], capture_output=True,
+                          text=True, timeout=30)
+    assert (done.stderr, {str(errno.EMFILE), "listened"}) == ("", set(done.stdout.split()))
+
+
 def test_no_cycle_of_references_is_left_by_a_connection_or_a_refused_token(server):
     def held():
         kinds = (philote.Connection, philote.WebSocket, philote.EventStream, philote.HTTPHandler,
