@@ -352,7 +352,7 @@ class Settings:
         "hiredis", shown=False)
     redis_key: str = _setting("philote", _TEXT, "the stream that they share there")
     read_buffer_size: int = _setting(
-        1024, _SIZE, "bytes that are read at a time; up to 64 KiB are read anyway")
+        1024, _SIZE, "bytes that are read at a time; 65536 where it is less")
     write_buffer_size: int = _setting(
         1024, _SIZE, "bytes that one publisher's messages may have before they are written, at "
         "first; more under load")
