@@ -1674,15 +1674,21 @@ class Connection:
             log.log(level, "%s: " + message, self.address, *arguments)
 
     def drain(self) -> None:
-        """Read and drop until the peer has ended the connection.
+        """Read and drop until the peer has ended the connection; wait until it is sent the rest.
 
-        A close with unread input would destroy what was just sent (RST). The poller ends this by
-        abort() where a peer takes too long.
+        A close with unread input would destroy what was just sent (RST). And who has ended only his
+        half (FIN) behind a request still reads the answer. The poller ends this by abort() where a
+        peer takes too long.
         """
         with contextlib.suppress(OSError):
             # It looks before it waits: most are gone already, perhaps thousands at once.
             while Transport.receive(self.transport, _FULL_READ) != b"":
                 self.wait()
+        while self.size:  # 0 behind abort(), too
+            self.written = self.written or threading.Event()
+            self.written.clear()
+            if self.size:  # looked at behind the clear, as in catch_up()
+                self.written.wait(0.25)
 
     def close(self) -> None:
         """Close the socket; the last act of its thread.
@@ -5566,9 +5572,12 @@ class Server(socketserver.ThreadingTCPServer):
         try:
             # It may have left already. But whoever ended it may have been faster than its own
             # thread, which then joined channels after that.
+            patience = 0.0
             if isinstance(connection.handler, Subscriber):
                 connection.handler.leave()
-            connection.finish()
+            else:  # the last answer may be large; it may take as long as a request
+                patience = time.monotonic() + self.settings.request_timeout
+            connection.finish(patience=patience)
             connection.drain()
         finally:
             try:

@@ -2343,6 +2343,23 @@ def test_who_sends_too_long_a_body_can_read_why_it_is_refused(server):
         assert file.read() == b""
 
 
+@pytest.mark.parametrize("half_close", [True, False])
+@with_settings(max_queue_size=1 << 24, request_timeout=PATIENCE)
+def test_a_large_answer_comes_whole_to_who_ends_his_half_or_reads_it_late(
+        server, monkeypatch, half_close):
+    monkeypatch.setattr(philote, "CLOSING_TIME", 0.1)
+    for _ in range(12):  # more together than sockets take
+        publish(server, {"channel": "a", "data": "x" * 1_000_000})
+    headers = {} if half_close else {"Connection": "close"}
+    with dial(server, 65536) as sock, sock.makefile("rb") as file:
+        sock.sendall(http_request("GET", "/api/history", None, make_token(["a"]), headers))
+        if half_close:  # the end of TCP alone: that of TLS comes with SSLSocket.unwrap()
+            socket.socket.shutdown(sock, socket.SHUT_WR)
+        time.sleep(0.5)
+        status, headers, body = read_response(file)
+    assert (status, len(body)) == (200, int(headers["content-length"])) and len(body) > 12_000_000
+
+
 def test_one_connection_serves_many_requests_also_after_errors_and_all_at_once(server, reader):
     requests = [(200, publish_request(message("a", str(i)).encode())) for i in range(100)]
     requests[50:50] = [
