@@ -1299,13 +1299,15 @@ class TLSTransport(Transport):
     def receive(self, size: int) -> bytes | None:
         """Read and decrypt what has come; None where no data was in it. Raises ssl.SSLError."""
         data = super().receive(min(size, 2 * _RECORD))
+        # The end without that of TLS. OpenSSL is not told, or it would send nothing any more, and
+        # the peer may have ended only its half. All that came before is decrypted already.
+        if data == b"":
+            return data
         parts: list[bytes] = []
         with self.lock:
             try:
                 if data:
                     self.incoming.write(data)
-                elif data is not None:
-                    self.incoming.write_eof()
                 while part := self.tls.read(_RECORD):
                     parts.append(part)
             except ssl.SSLWantReadError:
@@ -1313,7 +1315,7 @@ class TLSTransport(Transport):
             except ssl.SSLError as error:
                 if error.reason == "HTTP_REQUEST":
                     super().send(_NO_TLS)
-                if not isinstance(error, (ssl.SSLZeroReturnError, ssl.SSLEOFError)):
+                if not isinstance(error, ssl.SSLZeroReturnError):
                     raise
             finally:
                 with contextlib.suppress(OSError):  # the next send() or wait() meets it again
@@ -1321,8 +1323,7 @@ class TLSTransport(Transport):
                 # What send() has encrypted is in `encrypted` by now: these are TLS's own answers.
                 if self.outgoing.pending > _MOST_REPLIES:
                     raise ConnectionError("the peer does not read what its TLS provokes")
-        # The peer has ended its TLS, or its connection without that. To us it is the same: nothing
-        # more is read, and the next wait() returns at once.
+        # The peer has ended its TLS: nothing more is read, and the next wait() returns at once.
         _end(self.sock, socket.SHUT_RD)
         return b"".join(parts)
 

@@ -2344,7 +2344,7 @@ def test_who_sends_too_long_a_body_can_read_why_it_is_refused(server):
 
 
 @pytest.mark.parametrize("half_close", [True, False])
-@with_settings(max_queue_size=1 << 24, request_timeout=PATIENCE)
+@plain_and_tls(max_queue_size=1 << 24, request_timeout=PATIENCE)
 def test_a_large_answer_comes_whole_to_who_ends_his_half_or_reads_it_late(
         server, monkeypatch, half_close):
     monkeypatch.setattr(philote, "CLOSING_TIME", 0.1)
