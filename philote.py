@@ -7303,7 +7303,9 @@ def _get(arguments: argparse.Namespace, name: str, most: int | None = None, toke
     """Ask a server over HTTP: the status, and what its JSON says, of up to `most` bytes."""
     url = split_url(arguments.url)
     kind = http.client.HTTPSConnection if url.scheme == "wss" else http.client.HTTPConnection
-    connection = kind(url.hostname or "localhost", url.port, timeout=_ANSWER_TIME)
+    # Without a port, it would look for one in an address of IPv6 and take its last part.
+    connection = kind(url.hostname or "localhost", url.port or kind.default_port,
+                      timeout=_ANSWER_TIME)
     with contextlib.closing(connection):
         if url.scheme == _WS_UNIX:
             connection.sock = _dial(url)

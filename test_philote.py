@@ -7990,6 +7990,21 @@ def test_health_and_history_are_one_line_and_1_whatever_answers(provider, line, 
     fails(*line.split(), "--url", f"ws://127.0.0.1:{provider.server.server_port}", says=says)
 
 
+@pytest.mark.parametrize("url, address", [
+    ("ws://[::1]", ("::1", 80)), ("wss://[2001:db8::a]/x", ("2001:db8::a", 443)),
+    ("ws://[::1]:81", ("::1", 81)), ("ws://127.0.0.1", ("127.0.0.1", 80))])
+def test_history_goes_to_the_address_and_the_port_of_its_url(monkeypatch, url, address):
+    def refuse(address, *_):
+        asked.append(address)
+        raise ConnectionRefusedError
+
+    asked = []
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    with pytest.raises(SystemExit):
+        philote.main(["history", "a", "--url", url])
+    assert asked == [address]
+
+
 @pytest.mark.parametrize("path, base", [
     ("", "/"), ("/any?auth=x", "/"), ("/chat/", "/chat/"), ("/chat/any", "/chat/")])
 def test_health_and_history_find_a_server_below_a_path_as_browsers_do(provider, path, base):
