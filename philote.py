@@ -5921,8 +5921,9 @@ class Client:
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._channels = None if channels is None else Names(channels)  # None: all that may be read
-        if not all(map(_is_encodable, self._channels or ())):
-            raise PhiloteError("a channel's name cannot hold half of a surrogate pair")
+        if not all(map(_is_encodable, [since or "", *(self._channels or ())])):
+            raise PhiloteError(
+                "neither a channel's name nor `since` can hold half of a surrogate pair")
         self._received: collections.deque[tuple[Message | Gap, int]] = collections.deque()
         self._received_size = 0
         self._refusals: collections.deque[PhiloteError] = collections.deque()
@@ -6896,8 +6897,15 @@ def _parse_url(text: str) -> str:
     return text
 
 
+def _parse_text(text: str) -> str:
+    # What the locale could not decode can stand in no URL, and in no token that a server lets in.
+    if not _is_encodable(text):
+        raise argparse.ArgumentTypeError(f"{text!a} is no text in the encoding of the locale")
+    return text
+
+
 def _parse_names(text: str) -> list[str]:
-    return [name for name in text.split(",") if name]
+    return [name for name in _parse_text(text).split(",") if name]
 
 
 def _make_parser() -> argparse.ArgumentParser:
@@ -6928,7 +6936,7 @@ def _make_parser() -> argparse.ArgumentParser:
         _add_reading_options(command)
     publish = add(
         "publish", _publish, "publish a message, or a message for each line of standard input")
-    publish.add_argument("channel", metavar="CHANNEL")
+    publish.add_argument("channel", type=_parse_text, metavar="CHANNEL")
     publish.add_argument("data", nargs="?", metavar="DATA")
     for command in subscribe, history, publish:
         _add_url(command, "ws://localhost:6380", "ws://localhost:6380")
@@ -6953,17 +6961,17 @@ def _add_token_options(command: argparse.ArgumentParser) -> None:
            help="how long it is valid (default: for ever)")
     option("--api", action="store_true",
            help="also open /api/info and /metrics, and let its bearer end connections")
-    option("--user", default="", metavar="NAME", help="who bears it, as other clients are told")
+    option("--user", type=_parse_text, default="", metavar="NAME", help="who bears it, as other clients are told")
     option("--check", metavar="TOKEN",
            help="say what a token allows instead; - reads it from standard input")
 
 
 def _add_reading_options(command: argparse.ArgumentParser) -> None:
     option = command.add_argument
-    option("channels", nargs="+", metavar="CHANNEL")
+    option("channels", type=_parse_text, nargs="+", metavar="CHANNEL")
     option("--json", action="store_true", help="print whole messages as JSON")
-    option("--since", metavar="10m", help="begin with what is kept of that time, or behind the "
-           "message with this id")
+    option("--since", type=_parse_text, metavar="10m", help="begin with what is kept of that time, "
+           "or behind the message with this id")
     option("--last", type=int, metavar="N", help="begin with the last N messages of each channel, "
            "or where the id of --since is no longer kept")
 

@@ -7157,8 +7157,9 @@ def test_half_of_a_surrogate_pair_is_in_no_name(server):
             client.publish("\ud800", "x", wait=True)
     with pytest.raises(philote.Unauthorized, match="list of channel names"):
         philote.Client(url_of(server), make_token(["\ud800"]))
-    with pytest.raises(philote.PhiloteError, match="surrogate"):
-        philote.Client(url_of(server), GOOD, channels=["\ud800"])
+    for options in {"channels": ["\ud800"]}, {"since": "\ud800"}:
+        with pytest.raises(philote.PhiloteError, match="surrogate"):
+            philote.Client(url_of(server), GOOD, **options)
 
 
 def test_what_a_subscription_did_not_ask_for_does_not_come_after_a_cut(server, proxy):
@@ -7536,6 +7537,10 @@ def test_the_help_shows_an_example_and_lists_what_there_is(words, listed):
         "token --expires \u0661h", "token --read", "publish a b --url",
         "publish a b --url http://localhost", "publish a b --url ws://[::1",
         "subscribe a --url localhost", "subscribe a --url ws://localhost:99999")],
+    *[(line, "no text", {}) for line in (
+        "subscribe a --since \udcff", "subscribe \udcff", "history a --since \udcff",
+        "history a \udcff", "publish \udcff b", "token --read a,\udcff", "token --write \udcff",
+        "token --user \udcff")],
     *[(line, "'http://x'", {"PHILOTE_URL": "http://x"}) for line in ("publish a b", "subscribe a")],
     *[(line, "SECRET", {"SECRET": PUBLIC_KEY}) for line in (
         "publish a", "subscribe a", "history a", "token")],
