@@ -7146,9 +7146,9 @@ def _take_listener() -> socket.socket | None:
         sock = socket.socket(fileno=3)
         sock.set_inheritable(False)
         if (sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
-                and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
+                and sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
             return sock
-    raise SettingsError("LISTEN_FDS: descriptor 3 is no socket that listens (Accept=no)")
+    raise SettingsError("LISTEN_FDS: descriptor 3 is no stream socket that listens (Accept=no)")
 
 
 def _notify(*lines: str) -> None:

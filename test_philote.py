@@ -7797,8 +7797,11 @@ def test_a_socket_that_is_handed_over_is_served_and_nothing_else_and_outlives_it
 
 def test_what_cannot_be_served_is_named_and_what_is_for_another_process_is_not_touched():
     with socket.create_server(("127.0.0.1", 0)) as listener, \
-            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other, open(os.devnull) as file:
-        for sock, count in ((listener, 2), (listener, ""), (other, 1), (file, 1)):
+            socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as other, open(os.devnull) as file, \
+            socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as packets:
+        packets.bind("")  # any name
+        packets.listen()
+        for sock, count in ((listener, 2), (listener, ""), (other, 1), (file, 1), (packets, 1)):
             fails("serve", status=2, says="LISTEN_FDS: ", **activated(sock, count))
     with serving(LISTEN_PID="1", LISTEN_FDS="1") as server:
         assert is_served(server)
