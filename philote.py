@@ -7449,9 +7449,11 @@ def _history(arguments: argparse.Namespace) -> int:
                                  parameters={"channel": arguments.channels, **past})
             if status != 200:
                 raise Unauthorized(status, str(value["reason"]))
-            return ([Message(*(message.get(name, "") for name in Message._fields))
-                     for message in value["messages"]],
-                    decode_id(value["id"]), value["complete"])
+            found = [Message(*(message.get(name, "") for name in Message._fields))
+                     for message in value["messages"]]
+            if not all(isinstance(message.channel, str) for message in found):
+                raise ValueError  # _last_of_each() counts by channel
+            return found, decode_id(value["id"]), value["complete"]
 
     # Messages come in pages. The last is the one that reaches the position that the log has now. To
     # go on until a page is empty might take for ever, as others may publish faster than this reads.

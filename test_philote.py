@@ -7991,6 +7991,8 @@ def test_health_says_whether_a_server_serves(server):
         b"{}", b"[" * 3000, b"hello")],
     *[("history a", "this is no Philote server", KeyServer.send(body)) for body in (
         b"5", b"[" * 100_000, b'{"messages":[5],"id":"1-0","complete":true}')],
+    ("history a --last 3", "this is no Philote server", KeyServer.send(
+        b'{"messages":[{"channel":["a"]}],"id":"1-0","complete":true}')),
     *[(line, "is no Philote", lambda handler: handler.wfile.write(b"\0\r\n\r\n"))
       for line in ("health", "history a")]])
 def test_health_and_history_are_one_line_and_1_whatever_answers(provider, line, says, answer):
