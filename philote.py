@@ -6961,7 +6961,8 @@ def _add_token_options(command: argparse.ArgumentParser) -> None:
            help="how long it is valid (default: for ever)")
     option("--api", action="store_true",
            help="also open /api/info and /metrics, and let its bearer end connections")
-    option("--user", type=_parse_text, default="", metavar="NAME", help="who bears it, as other clients are told")
+    option("--user", type=_parse_text, default="", metavar="NAME",
+           help="who bears it, as other clients are told")
     option("--check", metavar="TOKEN",
            help="say what a token allows instead; - reads it from standard input")
 
@@ -6970,8 +6971,8 @@ def _add_reading_options(command: argparse.ArgumentParser) -> None:
     option = command.add_argument
     option("channels", type=_parse_text, nargs="+", metavar="CHANNEL")
     option("--json", action="store_true", help="print whole messages as JSON")
-    option("--since", type=_parse_text, metavar="10m", help="begin with what is kept of that time, "
-           "or behind the message with this id")
+    option("--since", type=_parse_text, metavar="10m", help="begin with what is kept of that "
+           "time, or behind the message with this id")
     option("--last", type=int, metavar="N", help="begin with the last N messages of each channel, "
            "or where the id of --since is no longer kept")
 
@@ -7146,7 +7147,8 @@ def _take_listener() -> socket.socket | None:
         sock = socket.socket(fileno=3)
         sock.set_inheritable(False)
         if (sock.family in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
-                and sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
+                and sock.type == socket.SOCK_STREAM
+                and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)):
             return sock
     raise SettingsError("LISTEN_FDS: descriptor 3 is no stream socket that listens (Accept=no)")
 
