@@ -5382,10 +5382,16 @@ class Server(socketserver.ThreadingTCPServer):
                 _UNIX + os.fsdecode(address).replace("\0", "@"))
 
     def __enter__(self) -> Server:
-        if self.keys.provider:
-            self.keys.reload()
-        self.poller.start()
-        self.acceptor.start()
+        try:
+            if self.keys.provider:
+                self.keys.reload()
+            self.poller.start()
+            self.acceptor.start()
+        except BaseException as error:
+            self.stop()
+            if isinstance(error, RuntimeError):  # the system has no thread left
+                raise OSError(errno.EAGAIN, str(error)) from None
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:

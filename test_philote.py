@@ -3368,6 +3368,21 @@ def test_a_server_that_cannot_listen_leaves_no_descriptor(server):
     assert len(os.listdir("/proc/self/fd")) <= before
 
 
+@pytest.mark.parametrize("name", ["philote-poller", "philote-accept"])
+def test_a_server_that_finds_no_thread_while_it_starts_leaves_nothing(path, monkeypatch, name):
+    def start(thread):
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        real(thread)
+
+    before, real = len(os.listdir("/proc/self/fd")), threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(OSError, match="thread"), running(host="unix:" + path):
+        pass
+    assert not os.path.exists(path)
+    wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
+
+
 def test_a_server_that_finds_no_descriptor_while_it_starts_leaves_no_file(tmp_path):
     code = """import gc, os, philote, resource, sys
 used = len(os.listdir("/proc/self/fd")) - 1
