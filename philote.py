@@ -5202,7 +5202,7 @@ class Metrics:
 class BackgroundHandler(logging.handlers.QueueHandler):
     """Writes the log in a thread of its own: if nobody reads standard error, no other thread waits.
 
-    Lines that find no place among the 1,000 that wait are lost, and counted.
+    Lines that find no place among the 1,000 that wait, or cannot be written, are lost, and counted.
     """
 
     lost = 0  # lines; a number that may be too low by a few where two threads lose at once
@@ -5231,8 +5231,10 @@ class BackgroundHandler(logging.handlers.QueueHandler):
         while True:
             record = self.lines.get()
             line = record.getMessage() + "\n"  # formatted by QueueHandler.prepare()
-            with contextlib.suppress(OSError):
+            try:
                 os.write(self.descriptor, line.encode(errors="backslashreplace"))
+            except OSError:  # the disk is full, or a pipe that does not block
+                BackgroundHandler.lost += 1
             self.lines.task_done()
 
 

@@ -7942,6 +7942,15 @@ def test_nobody_waits_for_standard_error_that_is_not_read():
     os.close(read)
 
 
+def test_a_line_that_cannot_be_written_is_counted():
+    before = philote.BackgroundHandler.lost
+    with open(os.devnull) as file:  # which is not open for writing
+        handler = philote.BackgroundHandler(file.fileno())
+        handler.handle(logging.makeLogRecord({"msg": "lost"}))
+        handler.finish(PATIENCE)
+    assert philote.BackgroundHandler.lost == before + 1
+
+
 @pytest.mark.full
 def test_a_server_without_memory_ends_by_itself_or_when_it_is_told():
     limit = ("import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_AS, (4 << 26,) * 2);"
