@@ -1973,7 +1973,7 @@ def test_a_silent_peer_is_told_1011_and_dropped(server, caplog, reader):
     assert "nothing came for" in caplog.text
 
 
-@with_settings(ping_interval=1, max_message_size=1 << 23)
+@with_settings(ping_interval=2, max_message_size=1 << 23)
 def test_a_silent_peer_whose_socket_is_full_is_dropped_too(server, slow_reader):
     data = text("a", "x" * 6_000_000)  # made here, as it takes longer than an interval
     with RawClient(server, write=["a"]) as writer:
