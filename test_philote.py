@@ -1945,7 +1945,7 @@ def test_a_pong_that_was_not_read_yet_keeps_its_peer_once(server, monkeypatch):
 
 
 @pytest.mark.parametrize("jump", [0, 3600, -3600])
-@with_settings(ping_interval=2)
+@with_settings(ping_interval=3)
 def test_heartbeats_keep_a_peer_that_answers_also_when_the_clock_jumps(server, monkeypatch, jump):
     with RawClient(server) as client:
         real = time.time
@@ -3140,7 +3140,7 @@ def test_newcomers_are_served_though_there_is_no_memory_for_one_of_them(
 def test_without_descriptors_newcomers_are_refused_and_nothing_spins():
     code = """import philote, resource, sys, time
 resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))
-settings = philote.Settings(secret=sys.argv[1], host="127.0.0.1", port=0, ping_interval=2)
+settings = philote.Settings(secret=sys.argv[1], host="127.0.0.1", port=0, ping_interval=3)
 with philote.Server(settings) as server:
     print(f" listens on x port {server.server_address[1]}: ", file=sys.stderr)
     begun = time.process_time()
@@ -3151,7 +3151,7 @@ with philote.Server(settings) as server:
         with RawClient(server, ["a"]) as reader, many(60, dial, server) as others:
             assert others[-1].recv(12) in (b"HTTP/1.1 503", b"")
             server.say("3\n")  # too few even to refuse a newcomer
-            for _ in range(2):  # heartbeats, in four seconds: the rest goes on
+            for _ in range(2):  # heartbeats, in six seconds: the rest goes on
                 dial(server).close()
                 assert reader.read_frame() == (9, b"")
                 reader.send(frame(10))
