@@ -5624,6 +5624,8 @@ def test_what_redis_counts_stands_in_the_metrics(pair):
 
 def test_connections_are_ended_on_all_servers(pair, store, monkeypatch):
     one, two = pair
+    gone_time = philote._GONE_TIME
+    monkeypatch.setattr(philote, "_GONE_TIME", 30)  # internal
     wait_until(lambda: len(cluster_of(one)["servers"]) == 2)
     with RawClient(one, ["a"], sub="ann") as near, RawClient(two, ["a"], sub="ann") as far, \
             RawClient(two, ["a"], sub="bob") as bob:
@@ -5631,6 +5633,7 @@ def test_connections_are_ended_on_all_servers(pair, store, monkeypatch):
         assert near.read_close() == far.read_close() == 4403
         assert bob.is_quiet() and not one.log.asked
         store.kill()
+        monkeypatch.setattr(philote, "_GONE_TIME", gone_time)
         monkeypatch.setattr(philote, "_UNAVAILABLE_TIME", 1)  # internal
         for _ in range(3):  # until no server has been heard of for long
             status, answer = end(one, "?user=bob")
