@@ -3429,7 +3429,7 @@ def test_no_cycle_of_references_is_left_by_a_connection_or_a_refused_token(serve
 # ------------------------------------------------------------------------------------------ attacks
 
 @pytest.mark.parametrize("sent", [
-    frame(9) * 3000, frame(1, "[", fin=False) + frame(0, "[", fin=False) * 3000, text("z") * 40,
+    frame(9) * 3000, frame(1, "[", fin=False) + frame(0, "[", fin=False) * 3000, text("z") * 120,
     frame(10) * 3000, frame(1, '{"channel": "a", "x": "%s"}' % ("x" * 800_000))], ids=range(5))
 @with_settings(max_message_rate=10)
 def test_every_frame_costs_something_where_the_rate_is_limited(server, reader, writer, sent):
