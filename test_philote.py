@@ -7295,7 +7295,7 @@ def test_close_gives_up_once(monkeypatch, server):
         return ""
 
     over, tokens = threading.Event(), iter([lambda: make_token(["a"], ["a"]), hang])
-    monkeypatch.setattr(philote, "_ANSWER_TIME", 4)  # internal
+    monkeypatch.setattr(philote, "_ANSWER_TIME", 8)  # internal
     with Proxy(server) as proxy:
         client = philote.Client(proxy.url, lambda: next(tokens)())
         proxy.flows.clear()
@@ -7304,7 +7304,7 @@ def test_close_gives_up_once(monkeypatch, server):
         begin = time.monotonic()
         with pytest.raises(philote.ConnectionClosed, match="1 message was not acknowledged"):
             client.close()
-        assert time.monotonic() - begin < 9
+        assert time.monotonic() - begin < 16  # 9, and not 17
         over.set()
 
 
