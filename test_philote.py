@@ -50,7 +50,7 @@ import uuid
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
-from urllib.parse import quote, urlsplit
+from urllib.parse import parse_qs, quote, urlsplit
 
 import hypothesis
 import hypothesis.strategies as st
@@ -5843,10 +5843,10 @@ def plain(opcode, payload=b""):
     return frame(opcode, payload, mask=b"")
 
 
-def beginning(ping=25):
+def beginning(ping=25, channels=("a",)):
     """What a server says first to a client that asks for positions."""
     return plain(1, json.dumps({"connected": {
-        "issuer": "us", "id": "1-0", "resumed": True, "channels": ["a"], "ping": ping}}))
+        "issuer": "us", "id": "1-0", "resumed": True, "channels": channels, "ping": ping}}))
 
 
 class ServerEnd:
@@ -5860,8 +5860,10 @@ class ServerEnd:
         self.bare_upgrade = (
             b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: websocket\r\nConnection: Upgrade\r\n"
             b"Sec-WebSocket-Accept: " + base64.b64encode(digest) + b"\r\n\r\n")
-        # A client that comes back asks for positions.
-        self.upgrade = self.bare_upgrade + (beginning() if b"since=" in self.head else b"")
+        asked = parse_qs(urlsplit(self.head.split()[1].decode()).query)
+        self.upgrade = self.bare_upgrade
+        if "since" in asked:  # as of a client that comes back: it asks for positions
+            self.upgrade += beginning(channels=asked.get("channel", ["a"]))
 
     def send(self, *parts):
         """Send parts, with a pause in which a client that acts on too little does so."""
