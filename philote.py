@@ -6288,7 +6288,8 @@ class Client:
                 self._position = begin["id"]
             self._join_later(later, past, begin)
             to_come = {name for request in self._joining() for name in request.names}
-            link.channels = Names(names - to_come)
+            wanted = names if self._channels is None else self._channels - to_come
+            link.channels = Names(names & wanted) if self._channels else names
             # The channels of unanswered messages that this connection does not bring, see step 2.
             written: list[Any] = [request.value.get("channel")
                                   for request in self._requests.values()]
@@ -6296,8 +6297,7 @@ class Client:
                              if name[-1] != "*" and not link.channels.cover(name)})
             # What is joined and was not to be, or is to be joined later. The query has to name some
             # channel: without one, the server joins all that the token may read.
-            leave = [] if self._channels is None else [*(
-                names & to_come if self._channels else names)]
+            leave = [*(names - wanted)]
             # Under one hold of the lock: _ask() must not take one of them old and the other new.
             self._caught_up = not (self._requests or leave or self._behind is not None)
             self._link = link

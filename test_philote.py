@@ -6788,8 +6788,9 @@ def test_what_is_lost_is_one_gap_however_many_channels_are_joined_later(
                 assert client.receive(0.05) is None
 
 
+@pytest.mark.parametrize("read", ["ab", "*"])
 def test_where_the_query_has_room_for_no_name_each_channel_comes_in_its_order(
-        server, quick, monkeypatch):
+        server, quick, monkeypatch, read):
     def lose(client, link, value, size):  # the first connection is lost before b has come
         links.append(link)
         names = value.get("channel"), *value.get("subscribed", {}).get("channels", ())
@@ -6800,7 +6801,7 @@ def test_where_the_query_has_room_for_no_name_each_channel_comes_in_its_order(
     monkeypatch.setattr(philote.Client, "_take", lose)
     monkeypatch.setattr(philote, "_LONGEST_QUERY", 0)
     since, *_ = publish_to(server, "cba")
-    with philote.Client(url_of(server), make_token("ab"), "ab", since=since) as client:
+    with philote.Client(url_of(server), make_token(read), "ab", since=since) as client:
         assert client.receive(PATIENCE).data == 2
         wait_until(lambda: [request.names for request in client._subscribing] == [{"b"}])
         publish_to(server, "b", begin=3)
