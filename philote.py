@@ -5384,6 +5384,8 @@ class Server(socketserver.ThreadingTCPServer):
                 _UNIX + os.fsdecode(address).replace("\0", "@"))
 
     def __enter__(self) -> Server:
+        if self.poller.ident or self.stopping.is_set():  # begun, or stopped, which it stays
+            raise RuntimeError("a Server serves once")
         try:
             if self.keys.provider:
                 self.keys.reload()

@@ -3383,6 +3383,20 @@ def test_a_server_that_finds_no_thread_while_it_starts_leaves_nothing(path, monk
     wait_until(lambda: len(os.listdir("/proc/self/fd")) <= before)
 
 
+def test_a_server_serves_once_and_to_begin_again_ends_nothing():
+    server = philote.Server(philote.Settings(secret=SECRET, port=0, host="127.0.0.1"))
+    with server:
+        with pytest.raises(RuntimeError, match="once"), server:
+            pass
+        assert is_served(server)
+    with pytest.raises(RuntimeError, match="once"), server:
+        pass
+    failed = philote.Server(philote.Settings(port=0, host="127.0.0.1"))
+    failed.stop()  # as where it begins and fails
+    with pytest.raises(RuntimeError, match="once"), failed:
+        pass
+
+
 def test_a_server_that_finds_no_descriptor_while_it_starts_leaves_no_file(tmp_path):
     code = """import gc, os, philote, resource, sys
 used = len(os.listdir("/proc/self/fd")) - 1
