@@ -3026,8 +3026,12 @@ class RedisLog(Log):
 
         Raises PhiloteError where it would be in vain, and _Stopped once `is_over`.
         """
-        for thread in self.threads:
-            thread.start()
+        try:
+            for thread in self.threads:
+                thread.start()
+        except RuntimeError as error:  # the system has no thread left
+            self.close()
+            raise OSError(errno.EAGAIN, str(error)) from None
         said = time.monotonic()
         while not self.ready.wait(0.05) or self.fatal:  # with `fatal` they may still set `ready`
             if self.fatal or is_over():

@@ -3397,6 +3397,21 @@ def test_a_server_serves_once_and_to_begin_again_ends_nothing():
         pass
 
 
+@pytest.mark.parametrize("name", ["philote-append", "philote-read"])
+def test_a_log_in_redis_that_finds_no_thread_leaves_none(store, monkeypatch, name):
+    def start(thread):
+        if thread.name == name:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        real(thread)
+
+    started, real = [], threading.Thread.start
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(OSError, match="thread"), running(redis_url=store.url):
+        pass
+    wait_until(lambda: not any(thread.is_alive() for thread in started))
+
+
 def test_a_server_that_finds_no_descriptor_while_it_starts_leaves_no_file(tmp_path):
     code = """import gc, os, philote, resource, sys
 used = len(os.listdir("/proc/self/fd")) - 1
