@@ -3479,7 +3479,8 @@ class RedisLog(Log):
                 self.tell_gap(first + len(entry.payloads) - 1)
             for index, ack in acks:  # they are in the log; some may be called already
                 ack(first + index, 0)
-            for question in self.asked.copy().values():  # our answer may be what was not made
+            # Where it is our question, or our answer to it, no other answer of ours will come.
+            if own and (question := self.asked.get(entry.value.get("ask", ""))):
                 question.answers.setdefault(self.id.decode(), 0)
                 question.answered.set()
         if own:

@@ -5393,6 +5393,25 @@ def test_who_asks_whether_the_log_holds_all_waits_for_no_answer_that_could_not_b
         assert client.ask(unsubscribe=[], ref="r")["ref"] == "r"
 
 
+def test_who_asks_whether_the_log_holds_all_waits_also_where_a_message_found_no_memory(
+        store, hasty, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    asked, tell = [], philote.RedisLog._tell_ended  # internal
+    with running(redis_url=store.url) as server, RawClient(server, write=["a"]) as client:
+        monkeypatch.setattr(philote.RedisLog, "_tell_ended", lambda *asking: asked.append(asking))
+        client.send(frame(1, json.dumps({"unsubscribe": [], "ref": "r"})))
+        wait_until(lambda: asked)
+        with monkeypatch.context() as patch, RawClient(server, write=["a"]) as other:
+            patch.setattr(philote.RedisLog, "append", fail)
+            assert other.ask(channel="a", data=1, ref="1")["published"]["ref"] == "1"
+        assert [question.missing() for question in server.log.asked.values()] == [
+            {server.log.id.decode()}]
+        tell(*asked[0])
+        assert client.receive()["ref"] == "r"
+
+
 def test_to_ask_whether_the_log_holds_all_is_for_who_publishes_and_not_without_end(store, hasty):
     with running(redis_url=store.url) as server:
         with RawClient(server, write=["a"]) as writer, RawClient(server, ["a"]) as reader:
