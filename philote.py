@@ -7397,10 +7397,13 @@ class _CommandClient(Client):
                  writes: Sequence[str] = (), **options: Any) -> None:
         self.arguments = arguments
         # Python looks for a signal before a system call, and when one interrupts it. One between
-        # the two would be noticed when the call returns. So SIGALRM interrupts it, each second.
-        signal.signal(signal.SIGALRM, lambda *_: None)
-        signal.setitimer(signal.ITIMER_REAL, 1, 1)
-        atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)  # before Python lets go of SIGALRM
+        # the two would be noticed when the call returns. So SIGALRM interrupts it, each second; but
+        # not where it is to end the program: perl -e 'alarm 5; exec @ARGV' philote subscribe news
+        if not any(signal.getitimer(signal.ITIMER_REAL)):
+            signal.signal(signal.SIGALRM, lambda *_: None)
+            signal.setitimer(signal.ITIMER_REAL, 1, 1)
+            # Before Python lets go of SIGALRM.
+            atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
         # `philote publish` follows no channel (channels=()). But a token made here allows reading
         # the one that it writes: who comes back finds out which of the messages have arrived (see
         # step 2 in the section "client").

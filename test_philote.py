@@ -8386,6 +8386,15 @@ def test_a_signal_that_wakes_nobody_is_noticed(server, word):
         assert command.end() == (0, "", "")
 
 
+@pytest.mark.parametrize("word", ["publish", "subscribe"])
+def test_an_alarm_that_a_command_was_started_with_ends_it(server, word):
+    """As perl -e 'alarm 5; exec @ARGV' does where there is no timeout(1)."""
+    code = "import os, signal, sys; signal.alarm(3); os.execv(sys.argv[1], sys.argv[1:])"
+    launcher = (sys.executable, "-c", code, *SCRIPT)
+    with Command(word, "a", launcher=launcher, **at(server)) as command:
+        assert command.end()[0] == -signal.SIGALRM
+
+
 @pytest.mark.parametrize("finish", [
     lambda command: command.stdin.close(), lambda command: command.send_signal(signal.SIGINT)])
 def test_publish_sends_a_line_before_the_next_comes_and_ends_with_0(server, reader, finish):
