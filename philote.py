@@ -5236,10 +5236,12 @@ class BackgroundHandler(logging.handlers.QueueHandler):
         while True:
             record = self.lines.get()
             line = record.getMessage() + "\n"  # formatted by QueueHandler.prepare()
+            data = line.encode(errors="backslashreplace")
             try:
-                os.write(self.descriptor, line.encode(errors="backslashreplace"))
+                is_whole = os.write(self.descriptor, data) == len(data)
             except OSError:  # the disk is full, or a pipe that does not block
-                BackgroundHandler.lost += 1
+                is_whole = False
+            BackgroundHandler.lost += not is_whole
             self.lines.task_done()
 
 

@@ -8005,6 +8005,16 @@ def test_a_line_that_cannot_be_written_is_counted():
     assert philote.BackgroundHandler.lost == before + 1
 
 
+def test_a_line_of_which_only_a_part_can_be_written_is_counted():
+    before, (read, write) = philote.BackgroundHandler.lost, os.pipe()
+    os.set_blocking(write, False)
+    handler = philote.BackgroundHandler(write)
+    handler.handle(logging.makeLogRecord({"msg": "x" * (1 << 22)}))  # more than a pipe holds
+    handler.finish(PATIENCE)
+    assert philote.BackgroundHandler.lost == before + 1
+    os.close(read)
+
+
 @pytest.mark.full
 def test_a_server_without_memory_ends_by_itself_or_when_it_is_told():
     limit = ("import resource, sys, runpy; resource.setrlimit(resource.RLIMIT_AS, (4 << 26,) * 2);"
