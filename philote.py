@@ -5288,9 +5288,10 @@ class Server(socketserver.ThreadingTCPServer):
     serves on that. `is_over` ends the wait for a Redis that is not there yet, once it returns true.
     `failure` says why it cannot go on, once that is so.
 
-    Raises OSError where it cannot listen; SettingsError where it cannot use what the settings name;
-    ImportError or PhiloteError where a package that they need is missing; PhiloteError where Redis
-    refuses us for good.
+    Raises OSError where it cannot listen or, also as the block begins, finds no thread or file;
+    SettingsError where it cannot use what the settings name; ImportError or PhiloteError where a
+    package that they need is missing; PhiloteError where Redis refuses us for good; RuntimeError
+    where the block is entered again.
     """
 
     allow_reuse_address = True
