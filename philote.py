@@ -1866,6 +1866,14 @@ _SHORTEST_PAUSE = 0.02
 _LONGEST_PAUSE = 3600  # seconds; selectors take no number of any size
 
 
+def _start(thread: threading.Thread) -> None:
+    # Raises OSError where the system has no thread left, for which Python has a RuntimeError.
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error)) from None
+
+
 class Poller(threading.Thread):
     """The thread that waits on behalf of all connections: for full sockets and points in time.
 
@@ -3028,10 +3036,10 @@ class RedisLog(Log):
         """
         try:
             for thread in self.threads:
-                thread.start()
-        except RuntimeError as error:  # the system has no thread left
+                _start(thread)
+        except OSError:
             self.close()
-            raise OSError(errno.EAGAIN, str(error)) from None
+            raise
         said = time.monotonic()
         while not self.ready.wait(0.05) or self.fatal:  # with `fatal` they may still set `ready`
             if self.fatal or is_over():
@@ -5397,12 +5405,10 @@ class Server(socketserver.ThreadingTCPServer):
         try:
             if self.keys.provider:
                 self.keys.reload()
-            self.poller.start()
-            self.acceptor.start()
-        except BaseException as error:
+            _start(self.poller)
+            _start(self.acceptor)
+        except BaseException:
             self.stop()
-            if isinstance(error, RuntimeError):  # the system has no thread left
-                raise OSError(errno.EAGAIN, str(error)) from None
             raise
         return self
 
@@ -6570,10 +6576,7 @@ def _send_aside(call: Callable[..., None], *arguments: Any) -> threading.Thread:
     # In a thread of its own, which may have to wait until the server reads. Neither the reading
     # thread may wait for that (see the top of this section), nor close(), which has a time limit.
     thread = threading.Thread(target=call, args=arguments, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError as error:  # no more threads: callers take it for a lost connection
-        raise OSError(errno.EAGAIN, str(error)) from None
+    _start(thread)  # callers take its OSError for a lost connection
     return thread
 
 
