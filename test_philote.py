@@ -1714,7 +1714,8 @@ def test_programs_of_other_people_speak_tls_with_it(server, certificate):
                 await one.send(message("a", data))
                 assert json.loads(await asyncio.wait_for(two.recv(), PATIENCE))["data"] == data
 
-    asyncio.run(talk())
+    with background(lambda: asyncio.run(talk())):  # here, Playwright may have a loop already
+        pass
 
 
 # Full connections
