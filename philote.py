@@ -1480,7 +1480,7 @@ class Connection:
         self.size = 0  # bytes that unsent takes, overhead included
         self.sent = 0  # bytes written so far
         self.full = False  # the socket took no more: the poller waits for it, or is about to
-        self.written: threading.Event | None = None  # set when nothing waits, see catch_up()
+        self.written: threading.Event | None = None  # set when nothing waits any more
         # Of the monotonic clock: when a connection that is closing is cut off; and until when it is
         # spared while its peer has not taken its last bytes.
         self.cut_at = self.patience = 0.0
@@ -1685,11 +1685,11 @@ class Connection:
             # It looks before it waits: most are gone already, perhaps thousands at once.
             while Transport.receive(self.transport, _FULL_READ) != b"":
                 self.wait()
-        while self.size:  # 0 behind abort(), too
-            self.written = self.written or threading.Event()
-            self.written.clear()
-            if self.size:  # looked at behind the clear, as in catch_up()
-                self.written.wait(0.25)
+        with self.lock:
+            if not self.size:
+                return
+            self.written = threading.Event()
+        self.written.wait()
 
     def close(self) -> None:
         """Close the socket; the last act of its thread.
@@ -1818,6 +1818,8 @@ class Connection:
         self.pending.clear()
         self.unsent = _NOTHING
         self.size = 0
+        if self.written:
+            self.written.set()
         if self.state is not CLOSED:
             self.transport.end()
 
