@@ -1689,7 +1689,7 @@ class Connection:
             if not self.size:
                 return
             self.written = threading.Event()
-        self.written.wait()
+        self.written.wait()  # for resume(), which comes behind abort(), too: see _give_up()
 
     def close(self) -> None:
         """Close the socket; the last act of its thread.
@@ -1818,8 +1818,6 @@ class Connection:
         self.pending.clear()
         self.unsent = _NOTHING
         self.size = 0
-        if self.written:
-            self.written.set()
         if self.state is not CLOSED:
             self.transport.end()
 

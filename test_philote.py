@@ -2361,6 +2361,19 @@ def test_a_large_answer_comes_whole_to_who_ends_his_half_or_reads_it_late(
     assert (status, len(body)) == (200, int(headers["content-length"])) and len(body) > 12_000_000
 
 
+@plain_and_tls(max_queue_size=1 << 24, request_timeout=0.5)
+def test_who_ends_his_half_and_never_reads_the_answer_is_cut_off(server, monkeypatch):
+    monkeypatch.setattr(philote, "CLOSING_TIME", 0.1)
+    for _ in range(12):  # more together than sockets take
+        publish(server, {"channel": "a", "data": "x" * 1_000_000})
+    wait_until(lambda: not pending_count(server))
+    with dial(server, 65536) as sock:
+        sock.sendall(http_request("GET", "/api/history", None, make_token(["a"])))
+        socket.socket.shutdown(sock, socket.SHUT_WR)
+        wait_until(lambda: pending_count(server))
+        wait_until(lambda: not pending_count(server))  # though the socket is open here
+
+
 def test_one_connection_serves_many_requests_also_after_errors_and_all_at_once(server, reader):
     requests = [(200, publish_request(message("a", str(i)).encode())) for i in range(100)]
     requests[50:50] = [
