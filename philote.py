@@ -619,19 +619,16 @@ class Provider:
 
     def find(self, kid: str, wait: _Wait) -> Key:
         """Find a key by its id. Raises TokenError."""
-        # `fetched` is read before the keys, and _run() sets it behind them: so the keys that are
-        # read here are at least as new as it says.
+        # `fetched` is read before the keys, both times, and _run() sets it after them: so the keys
+        # that are read here are at least as new as it says.
         now, fetched = time.monotonic(), self.fetched
-        key = self.keys.get(kid)
-        # Also for a key that is known: the provider may have taken it back.
-        due = fetched + _KEYS_TIME if key else now
-        under_way = self.fetch(now, due)
-        if not key:
-            if under_way:
-                wait(_FETCH_TIME, under_way)
-            fetched = self.fetched
-            key = self.keys.get(kid)  # a fetch may have ended before we asked for one, too
-        if key:
+        if key := self.keys.get(kid):
+            self.fetch(now, fetched + _KEYS_TIME)  # the provider may have taken this one back
+            return key
+        if under_way := self.fetch(now):
+            wait(_FETCH_TIME, under_way)
+        fetched = self.fetched
+        if key := self.keys.get(kid):  # or a fetch has ended before we asked for one
             return key
         if fetched >= now:  # one that began before may not have seen the newest key
             raise TokenError("the token's key (kid) is not among those of PUBLIC_KEYS")
@@ -640,7 +637,7 @@ class Provider:
                          f"again in {again} seconds at the earliest", again)
 
     def fetch(self, now: float, due: float = -math.inf) -> threading.Event | None:
-        """Begin to fetch the keys if that is due; returns what is set at the end of a fetch."""
+        """Begin to fetch the keys, from `due` on; returns what is set at the end of a fetch."""
         with self.lock:
             # urllib's timeout is for each wait for bytes. A provider that sends the head of its
             # answer byte by byte never exceeds that, and no other fetch would begin.
