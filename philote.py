@@ -1750,7 +1750,7 @@ class Connection:
                     return False
                 self.unsent = collections.deque([memoryview(data)[sent:] if sent else data])
                 self.size = len(data) - sent + _OVERHEAD
-                self._wait_for_room()
+                self._mark_full()
         except _FAILURES:
             self._give_up()
         # The first entry does not count, however large it is: it may be one message, or all that
@@ -1790,7 +1790,7 @@ class Connection:
             else:
                 self._drop(sent)
                 if not sent:
-                    self._wait_for_room()
+                    self._mark_full()
         if self.state is CLOSING and not self.unsent:
             self.transport.end_output()
 
@@ -1804,7 +1804,7 @@ class Connection:
             self.unsent[0] = memoryview(self.unsent[0])[sent:]
             self.size -= sent
 
-    def _wait_for_room(self) -> None:
+    def _mark_full(self) -> None:
         self.full = True
         self.server.poller.watch(self)
 
