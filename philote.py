@@ -4305,7 +4305,7 @@ class HTTPHandler:
         self.deadline = time.monotonic() + self.timeout  # for the request under way
         self.begun = False  # whether any of it has come
         self.unread = False  # whether it has a body that was not read
-        self.charge = 0.0  # what its answer costs, see Connection.charge()
+        self.cost = 0.0  # of its answer, see Connection.charge()
         # Tells a browser whether a page of another site may see the answer (CORS).
         self.cors: dict[str, str] = {}
 
@@ -4358,7 +4358,7 @@ class HTTPHandler:
             if affinity:  # behind the first answer
                 affinity.unpin()
                 affinity = None
-            if self.charge and (delay := self.connection.charge(self.charge)):
+            if self.cost and (delay := self.connection.charge(self.cost)):
                 self.connection.pause(delay)
             # Before the state, which on_deadline() looks at first: else it would hold the deadline
             # of this request against the next.
@@ -4388,7 +4388,7 @@ class HTTPHandler:
             self.buffer += data
         self.connection.move(ANSWERING)
         self.buffer = rest
-        self.charge = 10 + len(head) / 100  # until it shows a good token; 1 is 0.1 ms of work
+        self.cost = 10 + len(head) / 100  # until it shows a good token; 1 is 0.1 ms of work
         request = decode_request(head)
         request.address = client_address(request, self.connection.peer)
         self.server.admission.rename(self.connection, request.address)
@@ -4446,7 +4446,7 @@ class HTTPHandler:
             raise HTTPError(405, f"the methods here are {allowed}", headers={"Allow": allowed})
         if endpoint.right:
             request.key = authorize(self, request)
-            self.charge = 0
+            self.cost = 0
             self.server.admission.renew(self.connection)
             if endpoint.right == "api" and not request.key.api:
                 raise HTTPError(403, "the token's claim api must be true")
@@ -4679,7 +4679,7 @@ def publish(handler: HTTPHandler, request: Request) -> Response:
         raise HTTPError(415, f"the Content-Type must be application/json, not {_shown(kind)}")
     try:
         body = handler.read_body(request)
-        handler.charge = 1 + len(body) / _BAD_BYTES  # until it shows good messages
+        handler.cost = 1 + len(body) / _BAD_BYTES  # until it shows good messages
         with handler.server.take_turn(len(body)):
             value = decode_json(body.decode())
         if isinstance(value, list) and len(value) > MAX_MESSAGES:
@@ -4690,7 +4690,7 @@ def publish(handler: HTTPHandler, request: Request) -> Response:
     except (Refused, UnicodeDecodeError) as error:
         raise HTTPError(400, str(error), "bad_message") from None
     answers = publish_all(handler, request, messages)
-    handler.charge = 0
+    handler.cost = 0
     return respond_json(answers[0] if single else answers)
 
 
