@@ -192,8 +192,10 @@ def _number(low: float, high: float, what: str = "a number", convert: Any = int)
     pattern = r"[0-9]+(\.[0-9]+)?" if convert is float else "[0-9]+"
 
     def parse(text: str) -> Any:
-        # Refused, though int() or float() would take it: " 5", "+5", "1_000", "1e3", "inf", digits
-        # of other scripts. Of more than 4,300 digits int() raises ValueError by itself.
+        """Parse plain digits; int() or float() would also take " 5", "+5", "1_000", "1e3", "inf".
+
+        Of more than 4,300 digits int() raises ValueError by itself.
+        """
         if not re.fullmatch(pattern, text) or not low <= convert(text) <= high:
             raise ValueError
         return convert(text)
@@ -4016,10 +4018,12 @@ class WebSocket(Subscriber):
 
 class _ServerWebSocket(simple_websocket.Server):  # type: ignore[misc]
     def handshake(self) -> None:
-        # The library would parse the request's head once more, and keep what it needs for that:
-        # half of the time and a fifth of the memory that a connection takes. check_upgrade() has
-        # looked more closely already, and the answer is queued. So what the library has made for it
-        # is dropped, and the property below takes its name.
+        """Skip the library's handshake: check_upgrade() has checked more, and the answer is queued.
+
+        The library would parse the request's head once more, and keep what it needs for that: half
+        of the time and a fifth of the memory that a connection takes. So what it has made for that,
+        `ws`, is dropped, and the property below takes its name.
+        """
         del self.ws
         self.connected = True
 
@@ -4035,12 +4039,12 @@ class _UnstartedThread:
         self.name = ""
 
     def start(self) -> None:
-        pass
+        """Start nothing: WebSocket.serve() calls run()."""
 
 
 class _UnusedEvent:
     def set(self) -> None:
-        pass  # that a message came; none is left to the library
+        """Tell nobody that a message came: none is left to the library."""
 
 
 class _LibrarySocket:
@@ -4724,12 +4728,15 @@ def publish_all(handler: HTTPHandler, request: Request,
             raise HTTPError(503, "the server is shutting down", "shutting_down")
         reason = server.log.reason or "too much waits for Redis"
         raise HTTPError(503, f"nothing was published: {reason}", "unavailable", _RETRY)
-    # An issuer that no subscriber has, so that nobody is left out as the publisher. ack() is
-    # called under the log's lock: in this thread, or with Redis by the read thread, when the
-    # message has come back. `receivers` are those of this server.
+    # The issuer is one that no subscriber has, so that nobody is left out as the publisher.
     issuer, answers, done = str(uuid.uuid4()), dict[int, dict[str, Any]](), threading.Event()
 
     def ack(index: int, position: int, receivers: int) -> None:
+        """Put down what a message is answered, with how many subscribers of this server got it.
+
+        Called under the log's lock: by this thread, or with Redis by the read thread, when the
+        message has come back.
+        """
         answers[index] = {
             "issuer": issuer, "id": encode_id(position), "receivers": receivers}
         if len(answers) == len(messages):
@@ -5893,8 +5900,10 @@ class _Request:
         return json.dumps("" if data is None else data)
 
     def encode(self, ref: str) -> str:
-        # The ref goes behind the last member, {"channel": "a", "data": 1, "ref": "12"}, so that the
-        # data is encoded once.
+        """Encode it with its ref, behind the last member: {"channel": "a", "data": 1, "ref": "12"}.
+
+        So the data, which may be large, is encoded only once.
+        """
         return self.text[:-1] + f', "ref": "{ref}"}}'
 
 
@@ -6888,9 +6897,8 @@ _EXAMPLES = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """One whose errors take one line, without the usage of the command."""
-
     def error(self, message: str) -> NoReturn:
+        """End the program with an error on one line, without the usage of the command."""
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
@@ -6936,6 +6944,7 @@ def _make_parser() -> argparse.ArgumentParser:
 
     def add(name: str, command: Callable[[argparse.Namespace], int],
             about: str) -> argparse.ArgumentParser:
+        """Add a command; `about` begins with a small letter and has no full stop."""
         added = commands.add_parser(
             name, help=about, description=about[0].upper() + about[1:] + ".",
             epilog=_EXAMPLES[name], formatter_class=argparse.RawDescriptionHelpFormatter)
