@@ -4483,8 +4483,7 @@ class HTTPHandler:
         # Counted before it moves: from then on any thread may end it, and Admission.leave() must
         # find it among the subscribed.
         self.server.admission.subscribe(self.connection)
-        headers = {**response.headers, **self.cors}
-        head = response._replace(headers=headers).encode()
+        head = response._replace(headers={**response.headers, **self.cors}).encode()
         self.connection.move(SUBSCRIBED, head, subscriber)
         return subscriber
 
@@ -5574,7 +5573,7 @@ class Server(socketserver.ThreadingTCPServer):
             if not self.tls:
                 sock.send(error.response().encode(), _DONTWAIT)
             sock.shutdown(socket.SHUT_WR)
-            sock.recv(65536, _DONTWAIT)
+            sock.recv(_FULL_READ, _DONTWAIT)
 
     # A connection's thread
 
@@ -6910,7 +6909,7 @@ def _parse_duration(text: str) -> float:
 
 
 def _parse_count(text: str) -> int:
-    if not re.fullmatch("[1-9][0-9]{0,17}", text, re.ASCII):
+    if not re.fullmatch("[1-9][0-9]{0,17}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
     return int(text)
 
