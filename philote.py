@@ -451,7 +451,7 @@ class TokenError(Exception):
 
 
 class Names(frozenset[str]):
-    """Names of channels. One that ends in * is a pattern, for all that begin with what precedes."""
+    """Names of channels and patterns: "chat.*" is all channels that begin with "chat."."""
 
     @functools.cached_property
     def prefixes(self) -> tuple[str, ...]:
@@ -460,7 +460,8 @@ class Names(frozenset[str]):
 
     def cover(self, name: str) -> bool:
         """Whether a channel, or all that a pattern stands for, is among them."""
-        # Without its star: ab* is among all that begin with a; a* is not among those with "a*".
+        # A pattern is compared without its star: "a*" covers "ab*", but "a**", which is all that
+        # begin with "a*", does not cover "a*".
         return name in self or name.removesuffix("*").startswith(self.prefixes)
 
 
@@ -1464,7 +1465,7 @@ class Connection:
         self.transport = TLSTransport(sock, server.tls) if server.tls else Transport(sock)
         self.peer = address  # of whoever connected, which may be a proxy
         self.address = address  # of the client, whom a proxy may name; see Admission.rename()
-        # Guards what follows but where it says otherwise, each write to the socket, and its close.
+        # Guards the fields below, except where noted, each write to the socket, and its close.
         self.lock = threading.Lock()
         self.state = READING
         self.handler: HTTPHandler | Subscriber | None = None  # set by its own thread
@@ -1854,8 +1855,8 @@ class RateLimit:
 # A connection's thread waits for its peer's bytes, and can wait for nothing else. What else there
 # is to wait for, one thread waits for on behalf of all: that a full socket takes more, and that a
 # point in time has come. Neither is the rule. Most sockets take at once what is written, and most
-# deadlines pass with nothing to be done but to set the next. So to ask for a deadline is cheap, a
-# lock and an entry in a heap, and while the connection lives none is taken back: when it comes, the
+# deadlines pass with nothing to be done but to set the next. So a deadline is cheap to ask for (a
+# lock and an entry in a heap), and is not taken back while the connection lives: when it comes, the
 # connection itself looks whether anything is due. None of this thread's work may wait, or one peer
 # would delay all others.
 
@@ -5996,9 +5997,9 @@ class Client:
         """The id up to which all has come, in all channels; "" where the connection has no ids.
 
         Some messages may still wait for receive(). To go on later from what you have handled, keep
-        the id of the last message that receive() returned instead. (With so many channels that
-        their names have some 4,000 characters, it is good only where it is not above this one:
-        for some of them, the past comes later.)
+        the id of the last message that receive() returned instead, or this one if it is lower.
+        (It can be where the names of the channels have more than some 4,000 characters in all:
+        some are joined later then, and their past is still to come.)
         """
         with self._lock:
             since: list[str] = [request.value["since"] for request in self._joining()]
@@ -6558,8 +6559,8 @@ class Client:
                 unsent = [(ref, request) for ref, request in self._requests.items()
                           if request.link is not link]
                 for _, request in unsent:
-                    # Some of the last messages, or of the last seconds, may have come, and others
-                    # are the last by now.
+                    # What it asked for by `last` or a duration has come in part. Asked again, that
+                    # means later messages: some between may be missing.
                     since = str(request.value.get("since", "now"))
                     if request.link and request.brought and "-" not in since and (
                             since != "now" or "last" in request.value):
