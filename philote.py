@@ -3481,7 +3481,7 @@ class RedisLog(Log):
                 # forgets what is too old.
                 with self.lock:
                     self.position = first
-        except Exception:  # for want of memory: some may have it, and others not
+        except Exception:  # no memory, or no thread: some subscribers may have it, others not
             log.exception("Redis: unexpected error")
             if entry.payloads:
                 self.tell_gap(first + len(entry.payloads) - 1)
@@ -4596,7 +4596,7 @@ def authorize(handler: HTTPHandler, request: Request) -> AccessKey:
 def check_local(request: Request) -> None:
     """Refuse what may come from elsewhere, while anybody can make a token.
 
-    A page of another site runs in a browser on this machine: it shows itself by its Origin, or, if
+    A page of another site may run in a browser on this machine. It is known by its Origin, or, if
     it made its own name point here (DNS rebinding), by the Host that it asks for. What a proxy on
     this machine brings may be anybody's.
     """
@@ -5333,8 +5333,8 @@ class Server(socketserver.ThreadingTCPServer):
         # Of lines about what peers do, and of all others: a flood of the former silences none of
         # the latter.
         self.log_limit, self.own_log_limit = LogLimit(), LogLimit()
-        # For who owns the process, as `philote serve` does: set where there is an interpreter's
-        # lock to share. A thread that a program's own code started in a pinned one would stay so.
+        # Set by `philote serve`, which owns the process, where there is an interpreter's lock to
+        # share. A thread that a program's own code started from a pinned one would stay pinned.
         self.switch_interval: SwitchInterval | None = None
         self.affinity: Affinity | None = None
         self.turn = threading.Lock()  # see take_turn()
@@ -5984,8 +5984,8 @@ class Client:
         self._closing = False
         self._end: Exception | None = None
         self._end_traceback: Any = None  # of an error in a function of the program: where it was
-        # With reconnect=False a message is answered only where its caller waits. False: there were
-        # others, the server has not shown that it read them all, and no caller was told of the end.
+        # With reconnect=False, a message that nobody waits for is not answered. Behind one of these
+        # this is False, until the server shows that it read all, or a caller is told of the end.
         self._outcome_known = True
         self._asking = threading.Lock()  # what is asked is sent in the order of the refs
         self._link = self._connect()
@@ -6122,10 +6122,10 @@ class Client:
         self._tell_end()
 
     def _wait_while(self, condition: Callable[[], bool], patience: float) -> bool:
-        # Gives up after `patience` seconds without progress, and returns whether it did not.
-        # Progress is a new connection, bytes of ours that the server's system has acknowledged, or
-        # an answer. No event tells of acknowledged bytes, so this looks 50 times a second. The
-        # pause between is a join(): it ends at once when the reading thread does.
+        # Gives up after `patience` seconds without progress, and returns False then. Progress is a
+        # new connection, bytes of ours that the server's system has acknowledged, or an answer. No
+        # event tells of acknowledged bytes, so this looks 50 times a second. The pause between is a
+        # join(): it ends at once when the reading thread does.
         progress, end = None, 0.0
         while condition():
             before, progress = progress, (self._link, self._link.sock.taken(), len(self._requests))
@@ -6280,7 +6280,7 @@ class Client:
                 room -= needed
                 continue
             size += len(json.dumps(name)) + 2
-            if size > _LONGEST_QUERY:  # `size` is that of the last of them
+            if size > _LONGEST_QUERY:  # `size` is that of the last request
                 later.append([])
                 size = len(json.dumps(name)) + 2
             later[-1].append(name)
@@ -6320,7 +6320,7 @@ class Client:
             # What is joined and was not to be, or is to be joined later. The query has to name some
             # channel: without one, the server joins all that the token may read.
             leave = [*(names - wanted)]
-            # Under one hold of the lock: _ask() must not take one of them old and the other new.
+            # Both under one hold of the lock, for _ask() reads them together.
             self._caught_up = not (self._requests or leave or self._behind is not None)
             self._link = link
             self._unchecked = "" if self._caught_up else self._unchecked or position
@@ -6337,8 +6337,8 @@ class Client:
 
     def _join_later(self, parts: list[list[str]], past: dict[str, Any],
                     begin: dict[str, Any]) -> None:
-        # The server would count a duration, and "now", from when it reads these requests. And what
-        # is not kept any more is one gap, however many of them there are.
+        # The server would count a duration, and "now", from when it reads these requests. And where
+        # messages are no longer kept, there shall be one gap, not one for each request.
         since = past.get("since", "")
         if "last" not in past and (since == "now" or not begin["resumed"]) or (
                 since not in ("", "now") and "-" not in since):
@@ -6500,9 +6500,9 @@ class Client:
                      if request.names.cover(message.channel)]
             if any(message.id in request.brought for request in asked):
                 return
-            # Channels that nobody follows are joined in step 2 to find messages of ours there.
-            # Those of others are dropped: what is asked for, but not on this connection yet, brings
-            # them once more, and with them those before. So it is with what is to be joined later.
+            # Step 2 joins channels that nobody follows, to find messages of ours there. Those of
+            # others are dropped: a subscription that this connection has not sent yet brings them
+            # again, with those before them. The same goes for channels that are joined later.
             if not (any(request.link is self._link for request in asked)
                     or self._joined().cover(message.channel) and (
                         self._link.channels.cover(message.channel)
