@@ -5948,6 +5948,7 @@ class Client:
             since=since or ("now" if reconnect and last is None else None), last=last)
         # Guards all below, but for _asking. It is taken itself, not by the Condition, whose methods
         # are Python's: the handler of a signal that raises in there would leave it locked for ever.
+        # (CPython 3.14 lets one raise between `with self._lock` and its block, too: gh-148874.)
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
         self._channels = None if channels is None else Names(channels)  # None: all that may be read

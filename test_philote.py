@@ -7292,6 +7292,8 @@ def publish_until_a_signal(request):
     signal.signal(signal.SIGALRM, before)
 
 
+@pytest.mark.skipif(
+    sys.version_info[:2] == (3, 14), reason="CPython 3.14 itself leaves locks locked, gh-148874")
 def test_the_handler_of_a_signal_that_raises_leaves_nothing_locked(server):
     class Alarm(Exception):
         pass
