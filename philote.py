@@ -2528,9 +2528,13 @@ class Log:
                 self._leave(subscriber, name)
 
     def forget(self, subscriber: Subscriber) -> None:
-        """Let a subscriber leave all."""
-        self.leave(subscriber, subscriber.channels)
+        """Let a subscriber leave all; at once, as it comes back from the last id that it got.
+
+        Were a channel left before another, it would never get what was published there meanwhile.
+        """
         with self.lock:
+            for name in subscriber.channels:
+                self._leave(subscriber, name)
             self.issuers.pop(subscriber.id, None)
 
     def totals(self) -> dict[str, Any]:

@@ -7292,6 +7292,25 @@ def publish_until_a_signal(request):
     signal.signal(signal.SIGALRM, before)
 
 
+def test_who_is_ended_leaves_all_channels_at_once(server):
+    class Lock:  # where it is let go of first, others publish
+        def __enter__(self):
+            lock.acquire()
+
+        def __exit__(self, *_):
+            server.log.lock = lock
+            lock.release()
+            for channel in "a", "b":
+                server.log.append(channel, [b"{}"], "", b"", {})
+
+    lock = server.log.lock
+    with philote.Client(url_of(server), make_token(["a", "b"])):
+        subscriber, = server._subscribers()
+        server.log.lock = Lock()
+        server.log.forget(subscriber)
+        assert server.log.lock is lock and not subscriber.connection.pending
+
+
 @pytest.mark.skipif(
     sys.version_info[:2] == (3, 14), reason="CPython 3.14 itself leaves locks locked, gh-148874")
 def test_the_handler_of_a_signal_that_raises_leaves_nothing_locked(server):
