@@ -1626,12 +1626,17 @@ class Connection:
 
         Returns early when the connection or the server ends, which is looked for four times a
         second, or when the event is set.
+
+        The peer's end (FIN) is a hang-up. But an HTTP client may end its half behind a request and
+        still read the answer: while that waits for no event, only the end of both is one (RST).
         """
         if seconds <= 0:
             return
         end = time.monotonic() + seconds
-        hang_up = select.poll()
-        hang_up.register(self.transport.descriptor, getattr(select, "POLLRDHUP", 0))
+        hang_up = select.poll()  # which tells of the end of both, whatever it is asked for
+        half_is_end = until or self.state is SUBSCRIBED
+        hang_up.register(self.transport.descriptor,
+                         getattr(select, "POLLRDHUP", 0) if half_is_end else 0)
         while (self.state is not CLOSING and not self.server.stopping.is_set()
                and (left := end - time.monotonic()) > 0):
             if until and until.wait(min(left, 0.25)):

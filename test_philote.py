@@ -2490,6 +2490,17 @@ def test_messages_over_http_beyond_the_rate_come_later_and_delay_nobody_else(
     assert sorted(received) == ["many"] * 60 + ["one"] and received[-1] == "many"
 
 
+@plain_and_tls(max_message_rate=20)
+def test_who_ends_his_half_behind_messages_that_wait_for_the_rate_is_answered(server, reader):
+    messages = [{"channel": "a", "data": "x"}] * 25
+    with dial(server) as sock, sock.makefile("rb") as file:
+        sock.sendall(publish_request(json.dumps(messages).encode()))
+        socket.socket.shutdown(sock, socket.SHUT_WR)  # the end of TCP alone, not that of TLS
+        status, _, body = read_response(file)
+    assert (status, len(json.loads(body))) == (200, 25)
+    assert reader.receive_data(25) == ["x"] * 25
+
+
 # What the server is doing
 
 INFO = ("version python implementation gil num_cpu pid uptime_in_seconds tcp_port connections "
