@@ -5238,7 +5238,7 @@ class BackgroundHandler(logging.handlers.QueueHandler):
         super().__init__(self.lines)
         # Not a stream: the lock of one that nobody reads would hold up the end of the process.
         self.descriptor = descriptor
-        threading.Thread(target=self._write, name="philote-log", daemon=True).start()
+        _start(threading.Thread(target=self._write, name="philote-log", daemon=True))
 
     def enqueue(self, record: logging.LogRecord) -> None:
         """Hand a line to the thread, or drop it."""

@@ -7736,6 +7736,14 @@ def test_the_limit_of_descriptors_is_raised_as_far_as_the_system_allows_or_warne
     assert (f"the system allows {allowed}" in caplog.text) is (allowed < 40_064)
 
 
+def test_it_ends_with_one_line_and_1_where_there_is_no_thread_for_the_log():
+    program = ("import philote, threading\n"
+               "def start(_): raise RuntimeError(\"can't start new thread\")\n"
+               "threading.Thread.start = start\n"
+               "philote.main(['serve'])")
+    fails(launcher=[sys.executable, "-c", program], says="can't start new thread")
+
+
 def test_a_signal_that_comes_before_anybody_waits_for_it_ends_it_with_0():
     program = ("import os, philote, time\n"
                "philote._greet = lambda _: (os.kill(os.getpid(), 15), time.sleep(0.3))\n"
