@@ -2444,13 +2444,13 @@ class Log:
 
         `live` is what the subscriber has joined before. `before` and `after` encode what is queued
         in front of the messages and behind them. They are called with the position there, and with
-        whether nothing is missing up to it.
+        whether nothing is missing up to it. Raises ConnectionError behind forget().
         """
         connection = subscriber.connection
         if past.is_empty():
             with self.lock:
-                connection.put(before(self.position, True) + after(self.position, True))
                 self._join(subscriber, names)
+                connection.put(before(self.position, True) + after(self.position, True))
             return
         if (past.since or 0) > self.position:
             connection.flush()  # the head of the answer, before wait_until() in _find_kept()
@@ -2471,6 +2471,7 @@ class Log:
         walk = self._walk(names, past, live, self._find_kept(names, past), begin, tell_gap)
         while True:
             with self.lock:
+                self._check(subscriber)
                 entries, position, complete, at_end = next(walk)
                 if at_end and len(entries) <= _LAST_PIECE:
                     connection.put(subscriber.encoder.encode(entries) + after(position, complete))
@@ -2533,11 +2534,13 @@ class Log:
                 self._leave(subscriber, name)
 
     def forget(self, subscriber: Subscriber) -> None:
-        """Let a subscriber leave all; at once, as it comes back from the last id that it got.
+        """Let a subscriber leave all for good; at once, as it comes back from the last id it got.
 
-        Were a channel left before another, it would never get what was published there meanwhile.
+        Were a channel left before another, or another joined behind that, it would never get what
+        was published to the first one meanwhile.
         """
         with self.lock:
+            subscriber.forgotten = True
             for name in subscriber.channels:
                 self._leave(subscriber, name)
             self.issuers.pop(subscriber.id, None)
@@ -2621,7 +2624,12 @@ class Log:
                 position = self.position
             yield entries, position, complete, at_end
 
+    def _check(self, subscriber: Subscriber) -> None:
+        if subscriber.forgotten:  # by another thread; its own ends, too
+            raise ConnectionError("the subscriber was ended meanwhile")
+
     def _join(self, subscriber: Subscriber, names: Iterable[str]) -> None:
+        self._check(subscriber)
         connection = subscriber.connection
         subscriber.live = True
         self.issuers[subscriber.id] = connection
@@ -3617,6 +3625,7 @@ class Subscriber:
 
     encoders: tuple[Encoder, Encoder]  # without ids, and with them
     uncounted = 0  # bytes, see put_uncounted()
+    forgotten = False  # whether Log.forget() was called; guarded by the log's lock
 
     def __init__(self, connection: Connection, key: AccessKey, channels: Names,
                  past: Past) -> None:
@@ -6000,7 +6009,11 @@ class Client:
         self._asking = threading.Lock()  # what is asked is sent in the order of the refs
         self._link = self._connect()
         self._thread = threading.Thread(target=self._run, name="philote-client", daemon=True)
-        self._thread.start()
+        try:
+            _start(self._thread)
+        except OSError:
+            self._link.abort()
+            raise
 
     @property
     def position(self) -> str:

@@ -7322,6 +7322,29 @@ def test_who_is_ended_leaves_all_channels_at_once(server):
         assert server.log.lock is lock and not subscriber.connection.pending
 
 
+@pytest.mark.parametrize("past", [philote.Past(), philote.Past(since=0, resumable=True)])
+def test_who_was_ended_meanwhile_joins_nothing_and_is_told_nothing(server, past):
+    with philote.Client(url_of(server), make_token(["a", "b"]), ["a"]):
+        subscriber, = server._subscribers()
+        server.log.forget(subscriber)
+        with pytest.raises(ConnectionError):
+            # What it got now would be behind what it does not get of "a".
+            subscriber.follow(philote.Names({"b"}), past, lambda *_: b"", lambda *_: b"joined")
+        assert not channel_count(server) and not subscriber.connection.pending
+
+
+def test_a_client_for_which_there_is_no_thread_is_an_error_and_leaves_no_connection(
+        server, monkeypatch):
+    def start(_):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", start)
+        with pytest.raises(OSError, match="can't start new thread") as raised:  # noqa: F841
+            philote.Client(url_of(server), make_token(["a"]))
+    wait_until(lambda: not subscriber_count(server))  # though the error holds the client
+
+
 @pytest.mark.skipif(
     sys.version_info[:2] == (3, 14), reason="CPython 3.14 itself leaves locks locked, gh-148874")
 def test_the_handler_of_a_signal_that_raises_leaves_nothing_locked(server):
