@@ -2655,6 +2655,128 @@ def test_a_slow_consumer_is_counted_once_and_what_waits_for_it_is_shown(restless
         wait_until(lambda: metrics_of(server)["queued_bytes"] == 0)
 
 
+# Publishers that write together
+
+class Target:
+    """A connection to be written to: it notes in which thread."""
+
+    def __init__(self, number=0):
+        self.number, self.flushed = number, []
+
+    def flush(self):
+        self.flushed.append(threading.get_ident())
+
+
+@pytest.fixture
+def gathering(monkeypatch):
+    """One that somebody has just written by, and whose waits end when the test says so."""
+    gathering = philote.Gathering()
+    gathering.RECENT = gathering.PAUSE = PATIENCE
+    gathering.WAIT, gathering.waits, gathering.go_on = object(), 0, threading.Event()
+
+    def wait(seconds, sleep=time.sleep):
+        if seconds is not gathering.WAIT:  # another thread's
+            return sleep(seconds)
+        gathering.waits += 1
+        assert gathering.go_on.wait(PATIENCE)
+
+    monkeypatch.setattr(time, "sleep", wait)
+    gathering.write(Target(1), targets(16), 1)
+    return gathering
+
+
+def targets(count):
+    return {Target(): None for _ in range(count)}
+
+
+def test_who_waits_writes_for_those_that_come_meanwhile_and_they_go_on(gathering):
+    mine, theirs, shared = targets(16), targets(16), Target()
+    mine[shared] = theirs[shared] = None
+    with background(lambda: gathering.write(Target(2), mine, 1)):
+        wait_until(lambda: gathering.waits)
+        for number in (3, 2, 4):
+            gathering.write(Target(number), theirs, 1)
+        assert not any(target.flushed for target in {**mine, **theirs})
+        gathering.go_on.set()
+    written = [target.flushed for target in {**mine, **theirs}]
+    assert len(written) == 33 and written == [written[0]] * 33 and len(written[0]) == 1
+    gathering.write(Target(2), more := targets(16), 1)  # who wrote last, but for several
+    assert gathering.waits == 2 and all(target.flushed for target in more)
+
+
+def test_the_wait_does_not_end_while_another_leaves_what_it_has(gathering):
+    class Touched(dict):
+        def update(self, other):
+            gathering.go_on.set()
+            time.sleep(0.2)
+            super().update(other)
+
+    with background(lambda: gathering.write(Target(2), Touched(targets(16)), 1)):
+        wait_until(lambda: gathering.waits)
+        gathering.write(Target(3), theirs := targets(16), 1)
+    assert all(target.flushed for target in theirs)
+
+
+@pytest.mark.parametrize("number, count, size", [(1, 16, 1), (2, 15, 1), (2, 16, 16_385)])
+def test_who_publishes_alone_or_little_or_much_does_not_wait(gathering, number, count, size):
+    for _ in range(3):
+        gathering.write(Target(number), some := targets(count), size)
+        assert all(target.flushed for target in some)
+    assert not gathering.waits
+
+
+def test_behind_a_wait_in_which_nobody_came_nobody_waits_for_a_while(gathering):
+    gathering.go_on.set()
+    for number in (2, 3, 2):
+        gathering.write(Target(number), targets(16), 1)
+    assert gathering.waits == 1
+    gathering.due = 0
+    gathering.write(Target(3), targets(16), 1)
+    assert gathering.waits == 2
+    gathering.due, gathering.RECENT = 0, 0
+    gathering.write(Target(2), targets(16), 1)  # long behind the last
+    assert gathering.waits == 2
+
+
+def test_a_wait_that_fails_leaves_nobody_behind_it(gathering):
+    gathering.go_on = None
+    with pytest.raises(AttributeError):
+        gathering.write(Target(2), targets(16), 1)
+    gathering.write(Target(2), some := targets(16), 1)
+    assert all(target.flushed for target in some)
+
+
+@plain_and_tls()
+def test_publishers_that_write_together_reach_all_in_one_order(server, restless):
+    with contextlib.ExitStack() as stack:
+        readers = [stack.enter_context(RawClient(server, ["a"])) for _ in range(20)]
+        writers = [stack.enter_context(RawClient(server, write=["a"])) for _ in range(8)]
+
+        def publish_in_turn(writer, name):
+            for number in range(100):
+                writer.send(text("a", [name, number]))
+                if number % 10 == 9:  # until all up to here has come
+                    wait_until(lambda: got[name] >= number)
+
+        got = dict.fromkeys(range(8), -1)
+
+        def read(reader):
+            received = []
+            for _ in range(800):
+                received.append(reader.receive()["data"])
+                if reader is readers[0]:
+                    got[received[-1][0]] = received[-1][1]
+            return received
+
+        with background(*[partial(read, reader) for reader in readers]) as results:
+            with background(*[partial(publish_in_turn, *item) for item in zip(writers, range(8))]):
+                pass
+            first, *others = results_of(results)
+    assert all(other == first for other in others)
+    for name in range(8):
+        assert [number for who, number in first if who == name] == [*range(100)]
+
+
 def test_the_counters_are_exact_and_never_go_down_when_many_threads_publish(
         server, reader, restless):
     def work():
