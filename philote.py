@@ -4002,7 +4002,11 @@ class WebSocket(Subscriber):
                              connection.rate.take(_REFUSED_COST))
 
     def _acknowledge(self, ref: str, position: int, _: int) -> None:
-        self.put_uncounted(encode_answer({"published": {"ref": ref, "id": encode_id(position)}}))
+        try:
+            answer = encode_answer({"published": {"ref": ref, "id": encode_id(position)}})
+            self.put_uncounted(answer)
+        except MemoryError:  # out of Log.append() it would publish again what all have by now
+            self.connection.abort()
 
     def _change_subscriptions(self, value: dict[str, Any], ref: str | None) -> None:
         if "subscribe" in value and "unsubscribe" in value:

@@ -4733,6 +4733,24 @@ def test_what_there_was_no_memory_to_encode_for_some_comes_to_all_once(
         assert reader.is_quiet() and client.is_quiet()
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_what_there_was_no_memory_to_acknowledge_comes_to_all_once_and_ends_its_publisher_alone(
+        store, monkeypatch, shared):
+    def fail(value, ref=None):
+        if "published" in value:
+            raise MemoryError
+        return real(value, ref)
+
+    real = philote.encode_answer
+    monkeypatch.setattr(philote, "encode_answer", fail)
+    with running(redis_url=store.url if shared else "") as server, Returner(server) as client:
+        with RawClient(server, write=["a"]) as writer:
+            writer.send(frame(1, json.dumps({"channel": "a", "data": 1, "ref": "1"})))
+            writer.read_close()
+        publish_to(server, "a", 2)
+        assert client.receive_data(2) == [1, 2]
+
+
 def test_the_history_is_that_of_a_plain_list(restless):
     """Compare pieces and the last of each channel with a list that is cut from its beginning."""
     log, kept, rng = philote.Log(philote.Settings(history_size=150_000)), [], random.Random(7)
