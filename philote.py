@@ -3833,8 +3833,10 @@ class Subscriber:
 
     def leave(self) -> None:
         """Leave the channels, and count no more as a subscriber."""
-        self.server.admission.leave(self.connection)
-        self.server.log.forget(self)
+        try:
+            self.server.admission.leave(self.connection)
+        finally:  # where that finds no memory, too: the log would hold the connection for good
+            self.server.log.forget(self)
 
     def on_overflow(self) -> None:
         """Disconnect a subscriber whose queue grew over its limit. Any thread that writes to it."""

@@ -4733,6 +4733,19 @@ def test_what_there_was_no_memory_to_encode_for_some_comes_to_all_once(
         assert reader.is_quiet() and client.is_quiet()
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_who_ends_and_finds_no_memory_to_be_counted_as_ending_is_not_kept_by_the_log(
+        server, monkeypatch):
+    def fail(_):
+        raise MemoryError
+
+    with RawClient(server, ["a"]):
+        wait_until(lambda: server.log.joined)
+        monkeypatch.setattr(server.admission, "_add_pending", fail)  # internal
+    wait_until(lambda: not server.admission.connections())
+    assert not server.log.joined and not server.log.issuers
+
+
 @pytest.mark.parametrize("shared", [False, True])
 def test_what_there_was_no_memory_to_acknowledge_comes_to_all_once_and_ends_its_publisher_alone(
         store, monkeypatch, shared):
