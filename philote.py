@@ -3827,9 +3827,13 @@ class Subscriber:
         In this order nothing is queued behind the last words, and when the peer has read these, its
         place (MAX_CONNECTIONS) is free.
         """
-        self.leave()
-        return self.connection.finish(
-            self.encode_end(code, reason), discard=discard, patience=patience)
+        try:
+            self.leave()
+            return self.connection.finish(
+                self.encode_end(code, reason), discard=discard, patience=patience)
+        except MemoryError:  # who has left must not stay connected; whoever ends it goes on
+            self.connection.abort()
+            return True
 
     def leave(self) -> None:
         """Leave the channels, and count no more as a subscriber."""

@@ -4733,6 +4733,18 @@ def test_what_there_was_no_memory_to_encode_for_some_comes_to_all_once(
         assert reader.is_quiet() and client.is_quiet()
 
 
+@with_settings(max_queue_size=100_000)
+def test_a_slow_reader_for_whose_close_there_is_no_memory_ends_and_its_publisher_goes_on(
+        server, undisturbed, slow_reader, writer, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(philote.WebSocket, "encode_end", fail)
+    for _ in range(50):
+        assert writer.ask(channel="a", data="x" * 200_000, ref="1")["published"]
+    wait_until(lambda: len(server.admission.connections()) == 3)  # all but the slow reader
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_who_ends_and_finds_no_memory_to_be_counted_as_ending_is_not_kept_by_the_log(
         server, monkeypatch):
