@@ -1942,8 +1942,9 @@ class Poller(threading.Thread):
             if connection.state is CLOSED or asked <= due:
                 return
             first = not self.timers or due < self.timers[0][0]
-            self.deadlines[number] = (due, connection)
+            # In this order: if there is no memory for it, the deadline of before stands.
             heapq.heappush(self.timers, (due, number))
+            self.deadlines[number] = (due, connection)
         if first and threading.get_ident() != self.ident:  # run() looks again before it waits
             self._wake()
 

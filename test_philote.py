@@ -3881,6 +3881,19 @@ def test_an_end_lets_go_of_the_interpreters_lock_once(server, monkeypatch):
     assert [name for ident, name in calls if ident == own] in ([], ["recv"])
 
 
+def test_an_earlier_deadline_for_which_there_is_no_memory_does_not_void_the_one_before(
+        unserved, monkeypatch):
+    def fail(*_):
+        raise MemoryError
+
+    with full_connection(unserved) as (connection, _):
+        unserved.poller.call_at(connection, 2.0)
+        with monkeypatch.context() as patch, pytest.raises(MemoryError):
+            patch.setattr(philote.heapq, "heappush", fail)
+            unserved.poller.call_at(connection, 1.0)
+        assert unserved.poller._take_due(2.0) == [connection]  # internal
+
+
 def test_deadlines_close_to_each_other_wake_the_poller_once():
     connection = SimpleNamespace(
         number=1, state=philote.READING, on_deadline=lambda now: now + 0.001)
