@@ -2364,9 +2364,11 @@ class Log:
         self.issuers: dict[str, Connection] = {}  # of the subscribers, by id
         self.resumed = self.not_resumed = self.gaps = 0  # replays by how they went
         self.delivered = 0  # messages queued for subscribers
-        # Set by the server: what ends connections of its own, and whether it is ending.
+        # Set by the server: what ends connections of its own, whether it is ending, and what is
+        # told that a thread of the log cannot go on.
         self.end_own: Callable[..., int] = lambda **_: 0
         self.stopping = threading.Event()
+        self.on_failure: Callable[[BaseException], None] = lambda _: None
 
     def publish(self, batch: Batch) -> None:
         """Publish messages to a channel, and acknowledge those that ask for it."""
@@ -3112,7 +3114,7 @@ class RedisLog(Log):
         self.most = min(settings.max_queue_size >> 1,
                         max(0, settings.max_queue_size - 2 * _LARGEST_GATHERED))
         self.threads = [
-            threading.Thread(target=self._keep, args=(work,), name=f"philote-{name}", daemon=True)
+            threading.Thread(target=self._run, args=(work,), name=f"philote-{name}", daemon=True)
             for name, work in (("append", self._append_forever), ("read", self._read_forever))]
 
     # Any thread
@@ -3312,6 +3314,12 @@ class RedisLog(Log):
         return super()._look_back(past, names, kept, seen)
 
     # The append thread and the read thread
+
+    def _run(self, work: Callable[[Any], None]) -> None:
+        try:
+            self._keep(work)
+        except BaseException as error:  # where there is no memory, not even to try it again
+            self.on_failure(error)
 
     def _keep(self, work: Callable[[Any], None]) -> None:
         # Works with a connection of its own, and with a new one when that fails.
@@ -5423,6 +5431,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.on_failure: Callable[[], None] = lambda: None  # called by fail()
         self.log = make_log(settings)
         self.log.end_own, self.log.stopping = self.end_own, self.stopping
+        self.log.on_failure = self.fail
         self.admission = Admission(settings, self.stopping)
         self.metrics = Metrics(self.admission, self.log)
         self.keys = Keyring(settings)

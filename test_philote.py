@@ -5586,6 +5586,19 @@ def test_a_client_that_comes_back_does_not_wait_long_for_a_server_that_was_kille
             "unsubscribed": {"channels": []}, "ref": "r"}
 
 
+def test_a_server_whose_log_in_redis_finds_no_memory_to_connect_again_cannot_go_on(
+        store, monkeypatch):
+    def fail(error, *_):
+        raise error
+
+    with running(redis_url=store.url, shutdown_timeout=1) as server:
+        failed = threading.Event()
+        server.on_failure = failed.set
+        monkeypatch.setattr(server.log, "_append", partial(fail, OSError))  # internal
+        monkeypatch.setattr(server.log, "connect", partial(fail, MemoryError))
+        assert failed.wait(PATIENCE) and isinstance(server.failure, MemoryError)
+
+
 def test_who_asks_whether_the_log_holds_all_waits_for_no_answer_that_could_not_be_made(
         store, hasty, monkeypatch):
     def fail(*_):
