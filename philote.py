@@ -84,8 +84,8 @@ What the server promises, and where each promise is kept:
                     (Log.replay). Where messages are no longer there to be sent, a subscriber with
                     ids is told of a gap, and others are disconnected (RedisLog.tell_gap).
     nobody waits    A publisher writes to a socket only what that takes at once (Transport.send);
-    for another     the rest is the poller's work (Connection.resume). What another publisher's
-                    thread writes for it is written within a millisecond (Gathering).
+    for another     the rest is the poller's work (Connection.resume). What it leaves to another
+                    publisher's thread, the next one writes where that is late (Gathering).
 
 Left out on purpose: compression (it would cost each connection some 300 KB and each message its
 shared frame), Windows. Without Redis, messages do not outlive the process.
@@ -2695,8 +2695,11 @@ class Gathering:
         C:                         queue, leave it to A
 
     Who publishes alone never waits, nor who has little to write, or much. Where nobody came in such
-    a wait, there is no other for a while. On 2 cores, 8 publishers with 8 messages in flight each
-    and 50 subscribers have twice the rate by that, and half the delay.
+    a wait, there is no other for a while. A sleep may last far longer than it should, a second
+    where many threads want the interpreter's lock: who comes then writes for the one that waits.
+    And who has few connections is not left behind somebody's thousands. On 2 cores, 8 publishers
+    with 8 messages in flight each and 50 subscribers have twice the rate by that, and half the
+    delay.
     """
 
     WAIT = 0.0003  # seconds
@@ -2704,6 +2707,8 @@ class Gathering:
     PAUSE = 0.01  # seconds without a wait behind one in which nobody came
     FEW = 16  # connections to write to; for fewer, the wait would take longer than it saves
     MUCH = 16384  # bytes; of more, the system call is the smaller part
+    LATE = 0.001  # seconds behind which a wait should have ended
+    UNLIKE = 8  # times as many connections: two of whom one has so many do not write together
 
     def __init__(self) -> None:
         self.lock = threading.Lock()  # guards what follows
@@ -2711,6 +2716,7 @@ class Gathering:
         self.last: int | None = None  # the connection that published last; None: several together
         self.written = 0.0  # when that was
         self.due = 0.0  # from when on somebody may wait again
+        self.late = 0.0  # from when on nothing is left to the thread that waits
 
     def write(self, publisher: Connection, touched: dict[Connection, Any], size: int) -> None:
         """Write to connections what `publisher` queued, or leave it to the thread that waits.
@@ -2718,34 +2724,45 @@ class Gathering:
         `touched` may have more of them behind the call. `size` is that of the messages, in bytes.
         """
         gathers = len(touched) >= self.FEW and size <= self.MUCH
-        if gathers and self._leave_or_wait(publisher.number, touched):
-            return
-        for connection in touched:
-            connection.flush()
-        if gathers:
+        left = False
+        try:
+            left = gathers and self._leave_or_wait(publisher.number, touched)
+        finally:  # where that fails, too: others may have left theirs to this thread
+            if not left:
+                for connection in touched:
+                    connection.flush()
+        if gathers and not left:
             with self.lock:
                 self.written = time.monotonic()
 
     def _leave_or_wait(self, number: int, touched: dict[Connection, Any]) -> bool:
         # Returns whether it was left to another thread.
-        now = time.monotonic()
         with self.lock:
+            now = time.monotonic()
             if self.touched is not None:
-                self.touched.update(touched)
+                few, many = sorted((len(touched), len(self.touched)))
+                if many > self.UNLIKE * few:
+                    return False
                 self.last = None
-                return True
+                if now < self.late:
+                    self.touched.update(touched)
+                    return True
+                touched.update(self.touched)
+                self.touched = None
+                return False
             waits = self.last != number and self.due <= now < self.written + self.RECENT
             self.last = number
             if waits:
-                self.touched = touched
+                self.touched, self.late = touched, now + self.LATE
         if waits:
             try:
                 time.sleep(self.WAIT)
             finally:
                 with self.lock:
-                    self.touched = None
-                    if self.last is not None:  # nobody came
-                        self.due = now + self.PAUSE
+                    if self.touched is touched:  # else another has written it meanwhile
+                        self.touched = None
+                        if self.last is not None:  # nobody came
+                            self.due = now + self.PAUSE
         return False
 
 

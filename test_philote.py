@@ -2671,7 +2671,7 @@ class Target:
 def gathering(monkeypatch):
     """One that somebody has just written by, and whose waits end when the test says so."""
     gathering = philote.Gathering()
-    gathering.RECENT = gathering.PAUSE = PATIENCE
+    gathering.RECENT = gathering.PAUSE = gathering.LATE = PATIENCE
     gathering.WAIT, gathering.waits, gathering.go_on = object(), 0, threading.Event()
 
     def wait(seconds, sleep=time.sleep):
@@ -2717,6 +2717,32 @@ def test_the_wait_does_not_end_while_another_leaves_what_it_has(gathering):
     assert all(target.flushed for target in theirs)
 
 
+def test_who_comes_when_a_wait_lasts_too_long_writes_what_was_left(gathering):
+    with background(lambda: gathering.write(Target(2), targets(16), 1)):
+        wait_until(lambda: gathering.waits)
+        gathering.write(Target(3), theirs := targets(16), 1)
+        assert not any(target.flushed for target in theirs)
+        waiting, gathering.late = gathering.touched, 0
+        gathering.write(Target(4), targets(16), 1)
+        assert len(waiting) == 32 and all(target.flushed for target in waiting)
+        with background(lambda: gathering.write(Target(5), targets(16), 1)):
+            wait_until(lambda: gathering.waits == 2)  # the first wait's end does not end this one
+            second = gathering.touched
+            assert second is not waiting
+            gathering.go_on.set()
+    assert gathering.touched is None and all(target.flushed for target in second)
+
+
+@pytest.mark.parametrize("one, other", [(16, 129), (129, 16)])
+def test_who_has_few_to_write_to_and_who_has_thousands_do_not_wait_for_each_other(
+        gathering, one, other):
+    with background(lambda: gathering.write(Target(2), targets(one), 1)):
+        wait_until(lambda: gathering.waits)
+        gathering.write(Target(3), theirs := targets(other), 1)
+        assert all(target.flushed for target in theirs) and len(gathering.touched) == one
+        gathering.go_on.set()
+
+
 @pytest.mark.parametrize("number, count, size", [(1, 16, 1), (2, 15, 1), (2, 16, 16_385)])
 def test_who_publishes_alone_or_little_or_much_does_not_wait(gathering, number, count, size):
     for _ in range(3):
@@ -2741,9 +2767,23 @@ def test_behind_a_wait_in_which_nobody_came_nobody_waits_for_a_while(gathering):
 def test_a_wait_that_fails_leaves_nobody_behind_it(gathering):
     gathering.go_on = None
     with pytest.raises(AttributeError):
-        gathering.write(Target(2), targets(16), 1)
+        gathering.write(Target(2), some := targets(16), 1)
+    assert all(target.flushed for target in some)
     gathering.write(Target(2), some := targets(16), 1)
     assert all(target.flushed for target in some)
+
+
+def test_what_finds_no_memory_to_be_left_to_another_is_written(gathering):
+    class Touched(dict):
+        def update(self, other):
+            raise MemoryError
+
+    with background(lambda: gathering.write(Target(2), Touched(targets(16)), 1)):
+        wait_until(lambda: gathering.waits)
+        with pytest.raises(MemoryError):
+            gathering.write(Target(3), theirs := targets(16), 1)
+        gathering.go_on.set()
+    assert all(target.flushed for target in theirs)
 
 
 @plain_and_tls()
