@@ -6040,6 +6040,24 @@ def test_any_json_value_is_published_or_answered_with_an_error(server, undisturb
     fuzz(check, 300, JSON)
 
 
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_any_text_arrives_as_it_was_with_escapes_or_without(server, ascii_only):
+    def check(text):
+        body = json.dumps({"channel": "a", "data": text}, ensure_ascii=ascii_only)
+        writer.send(frame(1, body))
+        assert ask(server, publish_request(body.encode()))[0] == 200
+        assert [reader.receive().get("data", "") for _ in range(2)] == [text, text]
+
+    with RawClient(server, ["a"]) as reader, RawClient(server, write=["a"]) as writer:
+        for text in '"', "\\", "\\\\n", "\x1f", "\x7f", "\u2028\u00e9", "a" * 20_000 + '"':
+            check(text)
+        fuzz(check, 40, st.text())
+        for control in "\0", "\n", "\x1f":  # which JSON writes as escapes (RFC 8259, section 7)
+            writer.send(frame(1, f'{{"channel":"a","data":"{control}"}}'))
+            assert writer.receive()["error"] == "bad_message"
+        assert reader.is_quiet()
+
+
 def test_any_split_of_a_valid_stream_gives_the_same_messages(server, undisturbed):
     def fragments(body):
         return frame(1, body[:9], fin=False) + frame(9) + frame(0, body[9:])
