@@ -1019,8 +1019,8 @@ def unmask(mask: bytes, payload: bytes) -> bytes:
         return bytes(masked)
     # one exclusive or of two very long integers
     words = size + 3 >> 2
-    masked = int.from_bytes(payload, "little") ^ int.from_bytes(mask * words, "little")
-    return masked.to_bytes(4 * words, "little")[:size]
+    plain = int.from_bytes(payload, "little") ^ int.from_bytes(mask * words, "little")
+    return plain.to_bytes(4 * words, "little")[:size]
 
 
 # By the short size: the size of the head, mask included; and the least size that may be written so,
