@@ -250,7 +250,8 @@ def _parse_secret(text: str) -> str:
 
 
 def _parse_redis_url(text: str) -> str:
-    if text and not re.fullmatch(r"(rediss?://[^/\s]|unix://(\S*@)?/)\S*", text):
+    # redis-py takes a path that is no number for database 0.
+    if text and not re.fullmatch(r"rediss?://[^/?#\s]+(/[0-9]*)?(\?\S*)?|unix://(\S*@)?/\S*", text):
         raise ValueError
     return text
 
@@ -3378,7 +3379,7 @@ class RedisLog(Log):
     def _fail(self, error: Exception) -> None:
         reason = _on_one_line(str(error) or type(error).__name__).rstrip(".")
         refused = self.redis.AuthenticationError, self.redis.exceptions.NoPermissionError
-        if isinstance(error, refused) and not self.ready.is_set():
+        if (isinstance(error, refused) or "DB index" in reason) and not self.ready.is_set():
             self.fatal = PhiloteError(f"Redis at {self.address} refuses us: {reason}")
         with self.outbox.changed:
             first, self.failure = not self.failure, f"Redis at {self.address}: {reason}"
@@ -3698,7 +3699,8 @@ def _find_redis(url: str) -> tuple[Any, Callable[[], Any], str]:
             _not_allowed("REDIS_URL", "", _REDIS.allowed) + "; a password has to be "
             "percent-encoded in it, and what stands behind ? must be options of redis-py"
         ) from None
-    return redis, connect, getattr(one, "path", "") or f"{one.host}:{one.port}"
+    where = getattr(one, "path", "") or f"{one.host}:{one.port}"
+    return redis, connect, where + (f", database {one.db}" if one.db else "")
 
 
 def make_log(settings: Settings) -> Log:

@@ -5951,7 +5951,9 @@ def test_check_tries_redis(store):
     port = store.port
     status, out, said = run("check", REDIS_URL=store.url + "/3")
     assert (status, said) == (0, "") or "SECRET" in said
-    assert f"shares the log in Redis at 127.0.0.1:{port}, stream philote" in out
+    assert f"shares the log in Redis at 127.0.0.1:{port}, database 3, stream philote" in out
+    for word, status in ("check", 2), ("serve", 1):
+        fails(word, status=status, says="DB index", REDIS_URL=store.url + "/99")
     store.kill()
     fails("check", status=2, says=f"REDIS_URL: Redis at 127.0.0.1:{port}", REDIS_URL=store.url)
 
@@ -7937,7 +7939,8 @@ def test_the_help_shows_an_example_and_lists_what_there_is(words, listed):
     *[("serve", name, {name: f"-----BEGIN PRIVATE KEY-----{end}hidden{end}"})  # not its path
       for name in ("TLS_CERT", "TLS_KEY", "PUBLIC_KEYS") for end in ("\n", "\\n")],
     *[("serve", "REDIS_URL: what is set is not allowed", {"REDIS_URL": url}) for url in (
-        "http://localhost", "redis://", "localhost:6379", "unix://a",
+        "http://localhost", "redis://", "localhost:6379", "unix://a", "redis://localhost/live",
+        "redis://localhost/1/2", "redis://localhost:6379#hidden",
         "redis://:hidden@localhost?socket_timeout=soon", "redis://user:hidden/x@localhost:6379/0",
         "rediss://:hidden@localhost/?ssl_cert_reqs=hidden")]], ids=short)
 def test_what_cannot_be_is_answered_with_one_line_and_2_and_no_secret(line, says, environ):
