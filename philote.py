@@ -7236,8 +7236,12 @@ def _on_one_line(text: str) -> str:
 #                   status 1
 #     with server:  newcomers are accepted; READY=1 to systemd
 #     sigwait()     SIGHUP: certificate and keys are read again; SIGINT and SIGTERM go on below
-#     STOPPING=1    from here on a second signal ends the process at once, with status 1
+#     STOPPING=1    from here on a second signal ends the process at once, with status 1; but not
+#                   one that comes right behind the first, as timeout(1) sends two
 #     the end       Server.stop() by the end of the block; then up to a second for the log's lines
+
+_SAME_SIGNAL = 0.3  # seconds behind a signal in which another is taken for the same
+
 
 def _serve(_: argparse.Namespace) -> int:
     settings = Settings.from_environ(os.environ)
@@ -7286,13 +7290,25 @@ def _serve(_: argparse.Namespace) -> int:
         # The last resort, if the shutdown hangs or there is no memory left even for it: nobody
         # handles SIGALRM, so the system ends the process without any help from Python.
         signal.alarm(math.ceil(settings.shutdown_timeout) + 3)
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda *_: os._exit(1))  # a second signal ends it at once
+        _end_by_second_signal(server)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals - {signal.SIGHUP})
         log.info("%s: shutting down", signal.Signals(caught).name)
+    # CPython gives signals that it handles back to the system when it ends: one would cost the 0.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     log.info("stopped")
     handler.finish(1)
     return 1 if server.failure else 0
+
+
+def _end_by_second_signal(server: Server) -> None:
+    first = time.monotonic()
+
+    def end(*_: object) -> None:
+        if server.failure or time.monotonic() > first + _SAME_SIGNAL:
+            os._exit(1)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, end)
 
 
 def _reload(server: Server) -> None:

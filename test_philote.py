@@ -8291,9 +8291,22 @@ def test_a_client_that_is_stuck_holds_the_end_up_until_a_second_signal(first, se
     with serving(SHUTDOWN_TIMEOUT="3600") as server, RawClient(server):  # which answers no close
         server.send_signal(first)
         wait_until(lambda: server.says("shutting down"))
+        time.sleep(0.5)
         assert not server.is_over()
         server.send_signal(second)
         assert server.end()[0] == 1
+
+
+@pytest.mark.parametrize("pause", [0, 0.0005, 0.002, 0.01, 0.03, 0.05])
+def test_two_signals_right_behind_each_other_are_one(tmp_path, pause):
+    path = tmp_path / "s"
+    with serving(HOST=f"unix:{path}") as server, RawClient(server, ["a"]) as reader:
+        for number in signal.SIGTERM, signal.SIGINT:  # as timeout(1) does: the process, its group
+            server.send_signal(number)
+            time.sleep(pause)
+        assert reader.read_close() == 1001
+        reader.send(frame(8, struct.pack("!H", 1001)))
+        assert server.end()[0] == 0 and server.says("stopped") and not path.exists()
 
 
 def test_a_client_that_is_stuck_holds_the_end_up_for_the_timeout_only():
