@@ -303,7 +303,8 @@ _SECRET = Kind(_parse_secret, "any text that is not a public key, a certificate 
 _TEXT = Kind(str, "any text")
 _KEYS = Kind(_parse_keys, "the path of a file, or the URL of a JWKS: https://, and http:// on this "
                           "machine")
-_HOST = Kind(_parse_host, "an address or name of this machine, unix:PATH, or nothing for all")
+_HOST = Kind(_parse_host, "an address or name of this machine, unix:PATH (of up to 107 bytes), or "
+                          "nothing for all")
 _FILE = Kind(_parse_file, "the path of a file")
 _LEVEL = Kind(_parse_level, "one of " + ", ".join(_LEVELS))
 _RATE = _number(0, 10**9, "a number of messages a second (0: no limit)", float)
@@ -1274,8 +1275,9 @@ class Transport:
 _RECORD = 16384  # bytes in one record of TLS (RFC 8446, section 5.1)
 _MOST_ENCRYPTED = 65536  # bytes that are encrypted before the socket has taken them
 _MOST_REPLIES = 65536  # bytes of answers to a peer's TLS, which it provokes and does not read
-_NO_TLS = (b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: text/plain\r\n\r\n"
-           b"this port speaks TLS: https:// or wss://\n")
+_NO_TLS = (b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: application/json\r\n"
+           b"Content-Length: 67\r\n\r\n"
+           b'{"error":"tls","reason":"this port speaks TLS: https:// or wss://"}')
 
 
 class TLSTransport(Transport):
@@ -4291,7 +4293,8 @@ _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"  # RFC 9110, section 5.6.2; no JSON Web
 _REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/1\.([01])" % _TOKEN)
 _FIELD = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
 # No comma and no space: decode_request() joins the values of two Host headers with these.
-_HOST_FIELD = re.compile(r"[][A-Za-z0-9._~!$&'()*+;=%:-]{1,255}")
+_HOST_FIELD = re.compile(
+    r"(?=.{1,255}$)([A-Za-z0-9._~!$&'()*+;=%-]+|\[[A-Za-z0-9._~:-]+\])(:[0-9]*)?")
 _NONCE = re.compile("[A-Za-z0-9+/]{22}==")  # 16 bytes in base64
 _CLOSE = {"Connection": "close"}  # where the answer is not sent by _respond(), which adds it
 _UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}
@@ -4391,6 +4394,8 @@ def decode_request(head: bytes) -> Request:
             raise HTTPError(400, "a header field must be NAME: VALUE on one line")
         name, value = match[1].decode().lower(), match[2].strip(b" \t").decode("latin-1")
         headers[name] = f"{headers[name]}, {value}" if name in headers else value
+    if not re.fullmatch("[0-9]+", headers.get("content-length", "0")):
+        raise HTTPError(400, "Content-Length must be a number")
     # A client of a proxy may send a whole URL (RFC 9112, section 3.2.2).
     path, _, query = re.sub("(?i)^https?://[^/?]*", "", target).partition("?")
     try:
@@ -4547,8 +4552,6 @@ class HTTPHandler:
         if length is None or "transfer-encoding" in request.headers:
             self.unread = True  # a body may follow, and we do not look for its end
             raise HTTPError(411, "a request with a body needs a Content-Length")
-        if not re.fullmatch("[0-9]+", length):
-            raise HTTPError(400, "Content-Length must be a number")
         if len(length) > 18 or int(length) > limit:
             raise HTTPError(413, f"the body may have {limit} bytes", "too_large")
         if request.version == "1.1" and "100-continue" in request.tokens("expect"):
@@ -4814,6 +4817,9 @@ def tell_history(handler: HTTPHandler, request: Request) -> Response:
 def publish(handler: HTTPHandler, request: Request) -> Response:
     """POST /api/publish: publish a message, or a list of them, all or none."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
+        raise HTTPError(415, f"the body must not be encoded, as it is by {_shown(coding)}",
+                        headers={"Accept-Encoding": "identity"})
     # The last of these is curl's default.
     if kind not in ("", "application/json", "application/x-www-form-urlencoded"):
         raise HTTPError(415, f"the Content-Type must be application/json, not {_shown(kind)}")
@@ -5504,6 +5510,7 @@ class Server(socketserver.ThreadingTCPServer):
             return
         if self.address_family == socket.AF_UNIX:
             path = str(self.server_address)
+            _refuse_other_file(path)
             _remove_stale_socket(path)
             super().server_bind()
             os.chmod(path, 0o660)  # nobody can connect yet: it does not listen
@@ -5851,23 +5858,32 @@ class Server(socketserver.ThreadingTCPServer):
             time.sleep(0.01)
 
 
+def _refuse_other_file(path: str) -> None:
+    """Raise OSError where another file stands in the way of a Unix socket."""
+    with contextlib.suppress(FileNotFoundError):
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise FileExistsError(errno.EEXIST, "there is a file that is no socket")
+
+
 def _remove_stale_socket(path: str) -> None:
     """Remove the file of a Unix socket on which nobody listens any more."""
     with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX) as sock:
-        if stat.S_ISSOCK(os.lstat(path).st_mode):
-            sock.setblocking(False)
-            try:
-                sock.connect(path)
-            except ConnectionRefusedError:
-                os.unlink(path)
+        sock.setblocking(False)
+        try:
+            sock.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
 
 
 def _resolve(host: str, port: int) -> tuple[socket.AddressFamily, Any]:
     if host.startswith(_UNIX):
         return socket.AF_UNIX, host.removeprefix(_UNIX)
     if host or not socket.has_dualstack_ipv6():
-        family, _, _, _, address = socket.getaddrinfo(
-            host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        try:
+            family, _, _, _, address = socket.getaddrinfo(
+                host or "0.0.0.0", port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+        except UnicodeError:  # a name that no host can have
+            raise socket.gaierror(socket.EAI_NONAME, f"{host!a} can be no name of a host") from None
         return family, address
     return socket.AF_INET6, ("::", port)
 
@@ -6562,7 +6578,8 @@ class Client:
             # we sent before it.
             self._outcome_known |= (
                 self._closing and getattr(error, "code", 0) == CloseReason.NORMAL_CLOSURE)
-            self._end = error
+            self._end = (error if isinstance(error, PhiloteError) else
+                         ConnectionClosed(1006, str(error)))
         return None
 
     def _is_final(self, error: PhiloteError | OSError) -> bool:
@@ -6746,8 +6763,8 @@ def split_url(url: str) -> urllib.parse.SplitResult:
         if not right or not re.fullmatch("[^\0- \x7f]*", parts.netloc):
             raise ValueError
     except ValueError:
-        raise PhiloteError("the URL must begin with ws:// or wss:// and name a host, or be "
-                           f"{_WS_UNIX}:/PATH, not {url!r}") from None
+        raise PhiloteError("the URL must begin with ws:// or wss:// and name a host, perhaps with "
+                           f"a port from 1 to 65535, or be {_WS_UNIX}:/PATH, not {url!r}") from None
     if not re.fullmatch("[!-~]*", parts.path + parts.query):
         raise PhiloteError(f"the path of the URL must be percent-encoded, not {url!r}")
     return parts
@@ -6762,6 +6779,12 @@ def _target(url: urllib.parse.SplitResult, path: str, parameters: Any) -> str:
     # The query of the URL is kept, and may hold a token.
     query = "&".join(filter(None, [url.query, urllib.parse.urlencode(parameters, doseq=True)]))
     return path + ("?" + query if query else "")
+
+
+def _explain_tls(error: ssl.SSLError) -> Exception:
+    if error.reason == "WRONG_VERSION_NUMBER":
+        return PhiloteError("the server does not speak TLS at this port; ws:// may do")
+    return error
 
 
 def _bearer(token: str) -> str:
@@ -6938,10 +6961,7 @@ class _ClientSocket:
             try:
                 self._call(self.transport.shake_hands, _FULL_READ, select.POLLIN, self.deadline)
             except ssl.SSLError as error:
-                if error.reason == "WRONG_VERSION_NUMBER":
-                    raise PhiloteError("the server does not speak TLS at this port; ws:// may "
-                                       "do") from None
-                raise
+                raise _explain_tls(error) from None
 
     def recv(self) -> bytes:
         """Read what there is. Raises OSError, at the end too."""
@@ -7047,6 +7067,23 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
+class _CommandParser(_Parser):
+    mixes = True
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Let options stand between the words: publish CHANNEL --url URL DATA."""
+        if not self.mixes or "--" in args:
+            return super().parse_known_args(args, namespace)
+        self.mixes = False  # it calls this method again
+        try:
+            parsed, unknown = self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self.mixes = True
+        if unknown:
+            self.error("unrecognized arguments: " + " ".join(unknown))
+        return parsed, unknown
+
+
 def _parse_duration(text: str) -> float:
     try:
         return parse_duration(text)
@@ -7057,6 +7094,12 @@ def _parse_duration(text: str) -> float:
 def _parse_count(text: str) -> int:
     if not re.fullmatch("[1-9][0-9]{0,17}", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not a number from 1 on")
+    return int(text)
+
+
+def _parse_last(text: str) -> int:
+    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > _MAX_LAST:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {_MAX_LAST}")
     return int(text)
 
 
@@ -7075,6 +7118,12 @@ def _parse_text(text: str) -> str:
     return text
 
 
+def _parse_channel(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("a channel must have a name")
+    return _parse_text(text)
+
+
 def _parse_names(text: str) -> list[str]:
     return [name for name in _parse_text(text).split(",") if name]
 
@@ -7085,7 +7134,8 @@ def _make_parser() -> argparse.ArgumentParser:
         epilog=_EXAMPLES[""], formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--version", action="version", version=f"philote {__version__}")
     parser.set_defaults(command=_serve)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
+    commands = parser.add_subparsers(
+        title="commands", metavar="COMMAND", parser_class=_CommandParser)
 
     def add(name: str, command: Callable[[argparse.Namespace], int],
             about: str) -> argparse.ArgumentParser:
@@ -7099,7 +7149,8 @@ def _make_parser() -> argparse.ArgumentParser:
     add("serve", _serve, "serve; what philote does without a command")
     add("check", _check, "say what serve would do with these settings, and whether it could")
     _add_url(add("health", _health, "ask a server whether it serves"),
-             f"ws://localhost:{os.environ.get('PORT', 6380)}", "ws://localhost with PORT, or 6380")
+             f"ws://localhost:{os.environ.get('PORT') or 6380}",
+             "ws://localhost with PORT, or 6380")
     _add_token_options(add("token", _token, "print a token signed with SECRET, or check one"))
     subscribe = add("subscribe", _subscribe, "print the messages of channels, a line each")
     subscribe.add_argument("--count", type=_parse_count, metavar="N", help="end after N messages")
@@ -7108,7 +7159,7 @@ def _make_parser() -> argparse.ArgumentParser:
         _add_reading_options(command)
     publish = add(
         "publish", _publish, "publish a message, or a message for each line of standard input")
-    publish.add_argument("channel", type=_parse_text, metavar="CHANNEL")
+    publish.add_argument("channel", type=_parse_channel, metavar="CHANNEL")
     publish.add_argument("data", nargs="?", metavar="DATA")
     for command in subscribe, history, publish:
         _add_url(command, "ws://localhost:6380", "ws://localhost:6380")
@@ -7127,7 +7178,7 @@ def _add_url(command: argparse.ArgumentParser, default: str, default_shown: str)
 def _add_token_options(command: argparse.ArgumentParser) -> None:
     option = command.add_argument
     for right in "read", "write":
-        option(f"--{right}", type=_parse_names, default=[], metavar="A,B",
+        option(f"--{right}", type=_parse_names, default=[], action="extend", metavar="A,B",
                help=f"channels that it may {right}; chat.* is all that begin with chat.")
     option("--expires", type=_parse_duration, metavar="1h",
            help="how long it is valid (default: for ever)")
@@ -7141,12 +7192,12 @@ def _add_token_options(command: argparse.ArgumentParser) -> None:
 
 def _add_reading_options(command: argparse.ArgumentParser) -> None:
     option = command.add_argument
-    option("channels", type=_parse_text, nargs="+", metavar="CHANNEL")
+    option("channels", type=_parse_channel, nargs="+", metavar="CHANNEL")
     option("--json", action="store_true", help="print whole messages as JSON")
     option("--since", type=_parse_text, metavar="10m", help="begin with what is kept of that "
            "time, or behind the message with this id")
-    option("--last", type=int, metavar="N", help="begin with the last N messages of each channel, "
-           "or where the id of --since is no longer kept")
+    option("--last", type=_parse_last, metavar="N", help="begin with the last N messages of each "
+           "channel, or where the id of --since is no longer kept")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -7171,7 +7222,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _explain(error: Exception, arguments: argparse.Namespace) -> str:
-    if (isinstance(error, Unauthorized) and error.status == 401 and not arguments.token
+    if (isinstance(error, Unauthorized) and "not signed" in str(error) and not arguments.token
             and not _token_settings().secret):
         return ("SECRET is not set here, so the token was signed with an empty one, which is not "
                 "the server's; set it, or give --token (HTTP 401)")
@@ -7411,6 +7462,7 @@ def _check(_: argparse.Namespace) -> int:
     log.addHandler(logging.NullHandler())
     settings = Settings.from_environ(os.environ)
     _check_host(settings)
+    _check_listening(settings)
     try:
         keys = Keyring(settings)
     except ImportError as error:
@@ -7463,8 +7515,26 @@ def _where(settings: Settings) -> str:
 def _check_host(settings: Settings) -> None:
     try:
         _resolve(settings.host, settings.port)
-    except (socket.gaierror, UnicodeError):  # the latter for a name that no host can have
+    except socket.gaierror:
         raise SettingsError(_not_allowed("HOST", settings.host, _HOST.allowed)) from None
+
+
+def _check_listening(settings: Settings) -> None:
+    # What is there may be a server with these settings: it is left alone, and is no error.
+    family, address = _resolve(settings.host, settings.port)
+    try:
+        if family == socket.AF_UNIX:
+            _refuse_other_file(address)
+            if not os.access(os.path.dirname(address) or ".", os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, "no file can be made there")
+            return
+        with socket.socket(family) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.bind(address)
+    except OSError as error:
+        if error.errno != errno.EADDRINUSE:
+            raise SettingsError(f"HOST, PORT: cannot listen on {_where(settings)}: "
+                                f"{error.strerror or error}") from None
 
 
 def _health(arguments: argparse.Namespace) -> int:
@@ -7510,8 +7580,11 @@ def _get(arguments: argparse.Namespace, name: str, most: int | None = None, toke
         # As a browser finds it: a proxy may have the server below a path, ws://host/chat/ (without
         # the last slash, its last part is replaced, as in the links of a page).
         path = urllib.parse.urljoin(_path_of(url), name)
-        connection.request("GET", _target(url, path, parameters),
-                           headers={"Authorization": _bearer(token)} if token else {})
+        try:
+            connection.request("GET", _target(url, path, parameters),
+                               headers={"Authorization": _bearer(token)} if token else {})
+        except ssl.SSLError as error:
+            raise _explain_tls(error) from None
         response = connection.getresponse()
         return response.status, json.loads(response.read(most))
 

@@ -47,6 +47,7 @@ import threading
 import time
 import tracemalloc
 import uuid
+import zlib
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -1647,13 +1648,22 @@ def test_a_handshake_of_tls_that_stalls_is_cut_off(server, undisturbed):
 
 @with_settings(tls_cert=True)
 def test_at_a_port_for_tls_nothing_is_served_as_plain_text(server, undisturbed, caplog):
-    told = b"HTTP/1.1 400 .*this port speaks TLS.*"
+    told = b"HTTP/1.1 400 .*\r\n\r\n{.*this port speaks TLS.*}"
     for sent, expected in ((http_request("GET", "/health"), told), (upgrade(), told),
                            (b"PING / HTTP/1.1\r\n\r\n", b""), (frame(1, "x") * 9, b"")):
         with dial_plain(server) as sock:
             sock.sendall(sent)
             assert re.fullmatch(expected, read_all(sock), re.DOTALL)
     assert refusals(server) == {"tls": 4} and caplog.text.count("its TLS failed: ") == 1
+    url = f"ws://127.0.0.1:{port_of(server)}"
+    for line in "publish a b", "subscribe a", "history a":
+        fails(*line.split(), "--url", url, says="this port speaks TLS", SECRET=SECRET)
+
+
+def test_who_speaks_tls_to_a_port_for_plain_text_is_told_so(server):
+    for line in "publish a b", "subscribe a", "history a", "health":
+        fails(*line.split(), "--url", f"wss://127.0.0.1:{port_of(server)}", SECRET=SECRET,
+              says="the server does not speak TLS at this port")
 
 
 @with_settings(tls_cert=True)
@@ -2286,7 +2296,8 @@ REFUSED = {
         b'[{"channel": "a", "data": "x"}, {"channel": "a*", "data": 5}]',
         b'[{"channel": "a"}, []]', b'[{"channel": "a"}, {"channel": "b"}')],
     (400, "bad_request"): [publish_request(headers=headers) for headers in (
-        {"Content-Length": "1e3"}, {"Content-Length": "-1"}, {"content-length": "29"})],
+        {"Content-Length": "1e3"}, {"Content-Length": "-1"}, {"content-length": "29"})
+        ] + [http_request("GET", "/health", headers={"Content-Length": "x"})],
     (401, "unauthorized"): [
         *[publish_request(token=token) for token in (
             "", make_token(write=["a"], secret="x" * 32), make_token(write=["a"], exp=5))],
@@ -2311,8 +2322,10 @@ REFUSED = {
         publish_request(None, headers={"Transfer-Encoding": "chunked"}) + b"2\r\n{}\r\n0\r\n\r\n"],
     (413, "too_large"): [publish_request(b" " * ((1 << 20) + 1)),
                          publish_request(headers={"Content-Length": "9" * 99})],
-    (415, "unsupported_media_type"): [publish_request(headers={"Content-Type": kind})
-                                      for kind in ("multipart/form-data", "text/plain")]}
+    (415, "unsupported_media_type"): [
+        *[publish_request(headers={"Content-Type": kind})
+          for kind in ("multipart/form-data", "text/plain")],
+        publish_request(zlib.compress(b"{}"), headers={"Content-Encoding": "deflate"})]}
 
 
 @pytest.mark.parametrize("expected", REFUSED, ids=str)
@@ -3123,7 +3136,8 @@ BAD_HANDSHAKES = {
                                   "dGhlIHNhbXBsZSBub25j ZQ==", NONCE + ", " + NONCE],
             "Upgrade": ["", "h2c", "web socket", "websocket/13"],
             "Connection": ["", "keep-alive", "xupgrade"],
-            "Host": ["", "\xff", "xn--a-0000000000000", "a b", "a/b", "a, b", "user@host"],
+            "Host": ["", "\xff", "xn--a-0000000000000", "a b", "a/b", "a, b", "user@host", "a:b",
+                     "[", "[::1", "]x[", "[::1]x", ":80", "a:1:2", "a" * 256],
             "sec-websocket-key": [NONCE], "host": ["localhost"],  # twice
             "Content-Length": ["x"]}.items() for value in values],
         *[upgrade().replace(b"\r\n", b"\r\n" + line + b"\r\n", 1) for line in (
@@ -7441,6 +7455,20 @@ def test_no_gap_is_told_once_all_of_the_last_messages_have_come(server, proxy, c
         assert receive_until(client, 1) == ([1], 0)
 
 
+def test_the_end_of_a_client_whose_server_is_gone_is_told_as_such(quick):
+    gone = threading.Event()
+    with running() as server, philote.Client(url_of(server), make_token(["a"], ["a"])) as client:
+        client.on_disconnect = lambda error, _: isinstance(error, OSError) and gone.set()
+        server.stop()
+        assert gone.wait(PATIENCE)
+        client.close()
+        publish = partial(client.publish, "a", 1)
+        for call in (client.receive, publish, partial(publish, wait=True),
+                     partial(client.subscribe, "a")):
+            with pytest.raises(philote.ConnectionClosed, match="1006"):
+                call()
+
+
 def test_who_published_nothing_need_not_wait_when_it_comes_back(server, proxy, monkeypatch):
     monkeypatch.setattr(philote, "_LONGEST_QUERY", 0)  # internal, as are these
     monkeypatch.setattr(philote, "_FIRST_PAUSE", 1000)
@@ -7925,7 +7953,9 @@ def test_the_help_shows_an_example_and_lists_what_there_is(words, listed):
         "token --expires 1.5h", "token --expires ", "token --expires 1y", "token --expires -1h",
         "token --expires \u0661h", "token --read", "publish a b --url",
         "publish a b --url http://localhost", "publish a b --url ws://[::1",
-        "subscribe a --url localhost", "subscribe a --url ws://localhost:99999")],
+        "subscribe a --url localhost", "subscribe a --url ws://localhost:99999",
+        "publish a --bogus b", "history a --last x", "history a --last 10001")],
+    *[(line, "must have a name", {}) for line in ("publish  b", "subscribe a ", "history ")],
     *[(line, "no text", {}) for line in (
         "subscribe a --since \udcff", "subscribe \udcff", "history a --since \udcff",
         "history a \udcff", "publish \udcff b", "token --read a,\udcff", "token --write \udcff",
@@ -8043,6 +8073,24 @@ def test_a_port_that_is_taken_is_one_line_and_1_a_host_that_cannot_be_is_2(host,
         port = str(taken.getsockname()[1])
         line = fails("serve", status=status, says=host, HOST=host, PORT=port, SECRET=SECRET)
         assert line.startswith("HOST: ") if status == 2 else port in line
+        found = run("check", HOST=host, PORT=port, SECRET=SECRET)
+        assert found[0] == (0 if host == "127.0.0.1" else 2), "it may be our own server's"
+    with pytest.raises(OSError) if status == 2 else contextlib.nullcontext():
+        philote._resolve(host, 0)  # internal
+
+
+def test_where_a_unix_socket_cannot_be_the_reason_is_said(tmp_path):
+    other = tmp_path / "file"
+    other.write_text("kept")
+    (tmp_path / "link").symlink_to("nowhere")
+    for path, why in ((other, "there is a file that is no socket"),
+                      (tmp_path / "link", "there is a file that is no socket"),
+                      (tmp_path / "no" / "s", ""), (tmp_path / ("x" * 108), "up to 107 bytes")):
+        for word in "serve", "check":
+            fails(word, status=1 + (word == "check" or "107" in why), says=why or str(path),
+                  HOST=f"unix:{path}", SECRET=SECRET)
+    assert other.read_text() == "kept"
+    assert run("check", HOST=f"unix:{tmp_path}/s", SECRET=SECRET)[0] == 0
 
 
 @pytest.fixture
@@ -8395,12 +8443,12 @@ def test_a_signal_ends_the_first_process_of_a_container():
 # philote check, philote health
 
 def test_check_says_what_the_server_would_do(provider, keys_file):
-    settings = {"SECRET": "s" * 32, "OLD_SECRET": "hush", "PUBLIC_KEYS": keys_file, "PORT": "81",
+    settings = {"SECRET": "s" * 32, "OLD_SECRET": "hush", "PUBLIC_KEYS": keys_file, "PORT": "8081",
                 "MAX_CONNECTIONS": "7", "CHECK_ORIGIN": "https://a.example,https://b.example"}
     status, out, err = run("check", **settings)
     assert (status, err) == (0, "philote: OLD_SECRET has 4 characters; one of 32 or more cannot "
                                 "be guessed\n")
-    assert out == ("listens on all interfaces, port 81\n"
+    assert out == ("listens on all interfaces, port 8081\n"
                    "lets in tokens signed with SECRET or OLD_SECRET or PUBLIC_KEYS\n"
                    "MAX_CONNECTIONS=7\nCHECK_ORIGIN=https://a.example,https://b.example\n")
     assert run("check", PUBLIC_KEYS=provider.url, HOST="::1")[:2] == (
@@ -8463,7 +8511,23 @@ def test_health_and_history_find_a_server_below_a_path_as_browsers_do(provider, 
     assert asked == [base + "health", base + "api/history", base + "api/history"]
 
 
+@pytest.mark.parametrize("words", [
+    "a --url URL hello", "--url URL a hello", "a hello --url URL", "--url URL -- a hello"])
+def test_options_may_stand_before_between_and_behind_words(server, reader, words):
+    arguments = words.replace("URL", url_of(server)).split()
+    assert run("publish", *arguments, SECRET=SECRET) == (0, "", "")
+    assert reader.receive()["data"] == "hello"
+    assert run("publish", "--url", url_of(server), "--", "a", "--url", SECRET=SECRET)[0] == 0
+    assert reader.receive()["data"] == "--url"
+
+
 # philote token
+
+def test_channels_may_be_given_one_by_one():
+    status, out, _ = run("token", "--read", "a,b", "--read", "c", "--write", "d", SECRET=SECRET)
+    claims = jwt.decode(out.strip(), SECRET, algorithms=["HS256"])
+    assert (status, sorted(claims["read"]), claims["write"]) == (0, ["a", "b", "c"], ["d"])
+
 
 @pytest.mark.parametrize("arguments, expected", [
     ([], {"read": [], "write": []}),
