@@ -7929,6 +7929,9 @@ export class Philote extends EventTarget {
               { token = "", since = "", minDelay = 500, maxDelay = 20_000 } = {}) {
     super();
     this.#url = new URL(String(url).replace(/^http/i, "ws"));
+    if (!/^wss?:$/.test(this.#url.protocol)) {
+      throw new TypeError(`the URL must begin with ws://, wss://, http:// or https://, not ${url}`);
+    }
     this.#token = token;
     this.#minDelay = Math.max(1, minDelay); // it is doubled
     this.#maxDelay = maxDelay;

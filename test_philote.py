@@ -9442,6 +9442,13 @@ def test_a_token_that_cannot_be_had_is_told_to_who_made_the_client(tab):
     })""") == "Error: none"
 
 
+def test_an_address_that_no_websocket_has_is_refused_at_once(tab):
+    for url in "localhost:6380", "ftp://localhost", "/chat":
+        assert tab.evaluate("""url => import("/philote.js").then(({ Philote }) => {
+          try { return new Philote(url).close(); } catch (error) { return error.name; }
+        })""", url) == "TypeError", url
+
+
 def test_a_hundred_publications_wait_for_a_connection_and_no_more(tab):
     assert tab.evaluate("""url => import("/philote.js").then(async ({ Philote }) => {
       const philote = new Philote(url, { token: () => new Promise(() => {}) });
