@@ -7341,25 +7341,24 @@ def _serve(_: argparse.Namespace) -> int:
         # The last resort, if the shutdown hangs or there is no memory left even for it: nobody
         # handles SIGALRM, so the system ends the process without any help from Python.
         signal.alarm(math.ceil(settings.shutdown_timeout) + 3)
-        _end_by_second_signal(server)
+        _handle_signals(functools.partial(_end_at_once, server, time.monotonic()))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals - {signal.SIGHUP})
         log.info("%s: shutting down", signal.Signals(caught).name)
     # CPython gives signals that it handles back to the system when it ends: one would cost the 0.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    _handle_signals(signal.SIG_IGN)
     log.info("stopped")
     handler.finish(1)
     return 1 if server.failure else 0
 
 
-def _end_by_second_signal(server: Server) -> None:
-    first = time.monotonic()
-
-    def end(*_: object) -> None:
-        if server.failure or time.monotonic() > first + _SAME_SIGNAL:
-            os._exit(1)
+def _handle_signals(handler: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, end)
+        signal.signal(number, handler)
+
+
+def _end_at_once(server: Server, first_signal: float, *_: object) -> None:
+    if server.failure or time.monotonic() > first_signal + _SAME_SIGNAL:
+        os._exit(1)
 
 
 def _reload(server: Server) -> None:
