@@ -2707,6 +2707,7 @@ class Gathering:
     Who publishes alone never waits, nor who has little to write, or much. Where nobody came in such
     a wait, there is no other for a while. A sleep may last far longer than it should, a second
     where many threads want the interpreter's lock: who comes then writes for the one that waits.
+    Where nobody comes, as in a program whose own threads are busy, there is none for far longer.
     And who has few connections is not left behind somebody's thousands. On 2 cores, 8 publishers
     with 8 messages in flight each and 50 subscribers have twice the rate by that, and half the
     delay.
@@ -2714,7 +2715,8 @@ class Gathering:
 
     WAIT = 0.0003  # seconds
     RECENT = 0.0005  # seconds since another's messages were written: who comes then may wait
-    PAUSE = 0.01  # seconds without a wait behind one in which nobody came
+    PAUSE = 0.01  # seconds without a wait behind one in which nobody came, or that was LATE
+    OVERRUN = 20  # times as long as the latter has lasted, if that is more
     FEW = 16  # connections to write to; for fewer, the wait would take longer than it saves
     MUCH = 16384  # bytes; of more, the system call is the smaller part
     LATE = 0.001  # seconds behind which a wait should have ended
@@ -2773,8 +2775,9 @@ class Gathering:
                 with self.lock:
                     if self.touched is touched:  # else another has written it meanwhile
                         self.touched = None
-                        if self.last is not None:  # nobody came
-                            self.due = now + self.PAUSE
+                        lasted = time.monotonic() - now
+                        if self.last is not None or lasted > self.LATE:  # not None: nobody came
+                            self.due = now + max(self.PAUSE, self.OVERRUN * lasted)
         return False
 
 

@@ -2730,6 +2730,16 @@ def test_the_wait_does_not_end_while_another_leaves_what_it_has(gathering):
     assert all(target.flushed for target in theirs)
 
 
+def test_behind_a_wait_that_lasted_too_long_nobody_waits_for_a_while(gathering):
+    with background(lambda: gathering.write(Target(2), targets(16), 1)):
+        wait_until(lambda: gathering.waits)
+        gathering.write(Target(3), targets(16), 1)
+        gathering.LATE = 0
+        gathering.go_on.set()
+    gathering.write(Target(4), mine := targets(16), 1)
+    assert gathering.waits == 1 and all(target.flushed for target in mine)
+
+
 def test_who_comes_when_a_wait_lasts_too_long_writes_what_was_left(gathering):
     with background(lambda: gathering.write(Target(2), targets(16), 1)):
         wait_until(lambda: gathering.waits)
