@@ -251,7 +251,8 @@ def _parse_secret(text: str) -> str:
 
 def _parse_redis_url(text: str) -> str:
     # redis-py takes a path that is no number for database 0.
-    if text and not re.fullmatch(r"rediss?://[^/?#\s]+(/[0-9]*)?(\?\S*)?|unix://(\S*@)?/\S*", text):
+    pattern = r"rediss?://[^/?#\s]+(/[0-9]*/?)?(\?\S*)?|unix://(\S*@)?/\S*"
+    if text and not re.fullmatch(pattern, text):
         raise ValueError
     return text
 
@@ -360,7 +361,8 @@ class Settings:
         "hiredis", shown=False)
     redis_key: str = _setting("philote", _TEXT, "the stream that they share there")
     read_buffer_size: int = _setting(
-        1024, _SIZE, "bytes that are read at a time; 131072 where it is less")
+        1024, _SIZE, "bytes that are read at a time; 131072 where it is less, or 16384 with "
+        "MAX_MESSAGE_RATE")
     write_buffer_size: int = _setting(
         1024, _SIZE, "bytes that one publisher's messages may have before they are written, at "
         "first; more under load")
@@ -860,6 +862,9 @@ class Message(NamedTuple):
 
 _MAX_REF_SIZE = 64  # characters
 _MAX_LAST = 10_000  # messages of each channel
+# Levels of nesting, which the json module goes through by recursion in C. CPython 3.11 stops below
+# 1,000; 3.13 at 10,000, where the encoder would need more stack than a thread has.
+_MAX_DEPTH = 800
 
 
 def _refuse_constant(_: str) -> NoReturn:
@@ -878,12 +883,27 @@ def decode_json(text: str) -> Any:
     try:
         # Half of decode()'s time goes into a look for white space around it.
         value, end = _decoder.raw_decode(text) if text[:1] == "{" else (None, -1)
-        return value if end == len(text) else _decoder.decode(text)
+        value = value if end == len(text) else _decoder.decode(text)
     except json.JSONDecodeError as error:
         raise Refused(f"not JSON: {error}") from None
     except (ValueError, RecursionError):  # a number of 5,000 digits, NaN; 200,000 brackets
         raise Refused(
             "not JSON that can be read: a number too long, a nesting too deep, or NaN") from None
+    if (len(text) > _MAX_DEPTH and text.count("[") + text.count("{") > _MAX_DEPTH
+            and _is_too_deep(value)):
+        raise Refused(f"JSON may be nested to {_MAX_DEPTH} levels")
+    return value
+
+
+def _is_too_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(_MAX_DEPTH):
+        level = [inner for outer in level
+                 for inner in (outer.values() if isinstance(outer, dict) else outer)
+                 if isinstance(inner, (dict, list))]
+        if not level:
+            return False
+    return True
 
 
 def check_message(value: Any, has_escapes: bool = True) -> tuple[str, str]:
@@ -1140,7 +1160,7 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
 _DONTWAIT = socket.MSG_DONTWAIT
 _BUFFERS_PER_WRITE = 64  # in one system call; every system has room for more (IOV_MAX is 1024)
 _LARGEST_HELD_SEND = 32768  # bytes; to copy more takes so long that others may have the lock
-_FULL_READ = 131072  # bytes
+_FULL_READ, _SMALL_READ = 131072, 16384  # bytes
 _LARGE_READ = 4096  # bytes; who sends so much at a time takes turns, see Server.take_turn()
 
 try:
@@ -3916,7 +3936,9 @@ class WebSocket(Subscriber):
         self.rest = rest  # what was read together with the request, and is not part of it
         self.frames = read_frames(self.server.settings.max_message_size)
         next(self.frames)  # up to its first yield, where it takes bytes
-        self.read_size = max(self.server.settings.read_buffer_size, _FULL_READ)
+        # Who is held back by MAX_MESSAGE_RATE waits with what was read.
+        self.read_size = max(self.server.settings.read_buffer_size,
+                             _SMALL_READ if connection.rate.limit else _FULL_READ)
         self.batch = Batch(self.server, self.id, key.user, connection)
         # What the client asked for that may take long: read_messages() calls it.
         self.asked: Callable[[], None] | None = None
@@ -4297,7 +4319,9 @@ _REQUEST_LINE = re.compile(rb"(%b) ([!-~]+) HTTP/1\.([01])" % _TOKEN)
 _FIELD = re.compile(rb"(%b):([\t\x20-\x7e\x80-\xff]*)" % _TOKEN)
 # No comma and no space: decode_request() joins the values of two Host headers with these.
 _HOST_FIELD = re.compile(
-    r"(?=.{1,255}$)([A-Za-z0-9._~!$&'()*+;=%-]+|\[[A-Za-z0-9._~:-]+\])(:[0-9]*)?")
+    r"(?=.{1,255}$)(?:(?:[A-Za-z0-9._~!$&'()*+;=%-]+|\[[A-Za-z0-9._~:%-]+\])(?::[0-9]*)?"
+    # An address of IPv6 to which a client gave no brackets.
+    "|[0-9A-Fa-f]*:[0-9A-Fa-f]*:[0-9A-Fa-f:.]*)")
 _NONCE = re.compile("[A-Za-z0-9+/]{22}==")  # 16 bytes in base64
 _CLOSE = {"Connection": "close"}  # where the answer is not sent by _respond(), which adds it
 _UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}
@@ -4820,8 +4844,9 @@ def tell_history(handler: HTTPHandler, request: Request) -> Response:
 def publish(handler: HTTPHandler, request: Request) -> Response:
     """POST /api/publish: publish a message, or a list of them, all or none."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if (coding := request.headers.get("content-encoding", "identity")) != "identity":
-        raise HTTPError(415, f"the body must not be encoded, as it is by {_shown(coding)}",
+    # Some name the charset there.
+    if unknown := {*request.tokens("content-encoding")} - {"", "identity", "utf-8"}:
+        raise HTTPError(415, f"the body must not be encoded, as it is by {_shown(unknown.pop())}",
                         headers={"Accept-Encoding": "identity"})
     # The last of these is curl's default.
     if kind not in ("", "application/json", "application/x-www-form-urlencoded"):

@@ -1285,15 +1285,35 @@ def test_a_bad_message_is_reported_to_its_sender_and_to_the_log(
     assert "WARNING" in caplog.text and "message dropped" in caplog.text
 
 
-def test_a_message_nested_to_any_depth_is_a_bad_message(undisturbed, writer):
-    for depth in range(880, 1010):
-        deep = "[" * depth + "]" * depth
-        for sent in (deep, '{"channel": %s}' % deep):
-            writer.send(frame(1, sent))
-            assert writer.receive()["error"] == "bad_message"
-        writer.send(frame(1, '{"channel": "a", "ref": "r", "data": %s}' % deep))
-        answer = writer.receive()
-        assert "published" in answer or answer["error"] == "bad_message"
+def nested(depth, begin="[", end="]", inmost=""):
+    return begin * depth + inmost + end * depth
+
+
+def test_a_message_may_be_nested_to_800_levels(undisturbed, writer):
+    for depth in 798, 799, 800, *range(880, 1010, 10):
+        for deep in nested(depth), nested(depth, '{"a":', "}", "1"), nested(depth, "[1,", ",2]", "0"):
+            for sent in (deep, '{"channel": %s}' % deep):
+                writer.send(frame(1, sent))
+                assert writer.receive()["error"] == "bad_message"
+            writer.send(frame(1, '{"channel": "a", "ref": "r", "data": %s}' % deep))
+            answer = writer.receive()
+            assert "published" in answer if depth < 800 else answer["error"] == "bad_message"
+    writer.send(frame(1, '{"channel": "a", "ref": "r", "data": ["%s", %s]}' % (
+        "[{" * 5000, ",".join(["[]"] * 5000))))
+    assert "published" in writer.receive()
+
+
+def test_no_depth_of_nesting_ends_the_server():
+    with serving() as server:
+        token = make_token(["a"], ["a"])
+        for depth in (1500, 5000, 8000, 8700, 8800, 9000, 9900, 9990, 9999, 10_000, 150_000):
+            for deep in nested(depth), nested(depth, '{"a":', "}", "1"):
+                body = '{"channel":"a","data":%s}' % deep
+                assert ask(server, publish_request(body.encode(), token))[0] in (400, 413)
+                with RawClient(server, ["a"], ["a"]) as writer:
+                    writer.send(frame(1, body))
+                    assert len(body) > 1 << 20 or writer.receive()["error"] == "bad_message"
+        assert is_served(server)
 
 
 def test_a_message_to_a_channel_that_may_not_be_written_is_refused(server, undisturbed, caplog):
@@ -2287,6 +2307,8 @@ def test_a_body_of_these_content_types_is_taken_for_json(server):
     for kind in ("", "application/json", "Application/JSON", "application/json; charset=utf-8",
                  "application/json;charset=UTF-8", "application/x-www-form-urlencoded"):
         assert status_of(server, publish_request(headers={"Content-Type": kind})) == 200, kind
+    for coding in "", "identity", "Identity", "UTF-8":  # the last by mistake
+        assert status_of(server, publish_request(headers={"Content-Encoding": coding})) == 200
 
 
 REFUSED = {
@@ -2325,7 +2347,8 @@ REFUSED = {
     (415, "unsupported_media_type"): [
         *[publish_request(headers={"Content-Type": kind})
           for kind in ("multipart/form-data", "text/plain")],
-        publish_request(zlib.compress(b"{}"), headers={"Content-Encoding": "deflate"})]}
+        *[publish_request(zlib.compress(b"{}"), headers={"Content-Encoding": coding})
+          for coding in ("deflate", "identity, GZIP")]]}
 
 
 @pytest.mark.parametrize("expected", REFUSED, ids=str)
@@ -3114,7 +3137,8 @@ UPGRADES = [
     upgrade(), *[upgrade({name: value}) for name, values in {
         "Upgrade": ["WebSocket", "h2c, websocket"],
         "Connection": ["upgrade", "UPGRADE", "keep-alive, Upgrade", "keep-alive ,\tupgrade"],
-        "Host": ["localhost:6380", "[::1]:80", "xn--bcher-kva.org", "EXAMPLE.com.", "a_b.local"],
+        "Host": ["localhost:6380", "[::1]:80", "xn--bcher-kva.org", "EXAMPLE.com.", "a_b.local",
+                 "::1", "[fe80::1%lo]:80"],
         "Content-Length": ["0"], "Sec-WebSocket-Protocol": ["chat, superchat", ""],
         "Sec-WebSocket-Extensions": ["x-unknown; a=\"b\"", "permessage-deflate", *[
             "permessage-deflate; " + parameters for parameters in (
@@ -3147,7 +3171,7 @@ BAD_HANDSHAKES = {
             "Upgrade": ["", "h2c", "web socket", "websocket/13"],
             "Connection": ["", "keep-alive", "xupgrade"],
             "Host": ["", "\xff", "xn--a-0000000000000", "a b", "a/b", "a, b", "user@host", "a:b",
-                     "[", "[::1", "]x[", "[::1]x", ":80", "a:1:2", "a" * 256],
+                     "[", "[::1", "]x[", "[::1]x", ":80", "x:1:2", "a" * 256],
             "sec-websocket-key": [NONCE], "host": ["localhost"],  # twice
             "Content-Length": ["x"]}.items() for value in values],
         *[upgrade().replace(b"\r\n", b"\r\n" + line + b"\r\n", 1) for line in (
@@ -8367,6 +8391,15 @@ def test_two_signals_right_behind_each_other_are_one(tmp_path, pause):
         assert server.end()[0] == 0 and server.says("stopped") and not path.exists()
 
 
+def test_no_signal_behind_the_end_of_the_shutdown_changes_its_outcome():
+    for _ in range(4):
+        with serving() as server:
+            while not server.is_over():
+                server.send_signal(signal.SIGTERM)
+                time.sleep(0.0005)
+            assert server.end()[0] == 0
+
+
 def test_a_client_that_is_stuck_holds_the_end_up_for_the_timeout_only():
     with serving(SHUTDOWN_TIMEOUT="0.3") as server, RawClient(server):
         assert server.stop()[0] == 0
@@ -8461,8 +8494,8 @@ def test_check_says_what_the_server_would_do(provider, keys_file):
     assert out == ("listens on all interfaces, port 8081\n"
                    "lets in tokens signed with SECRET or OLD_SECRET or PUBLIC_KEYS\n"
                    "MAX_CONNECTIONS=7\nCHECK_ORIGIN=https://a.example,https://b.example\n")
-    assert run("check", PUBLIC_KEYS=provider.url, HOST="::1")[:2] == (
-        0, "listens on ::1, port 6380\nlets in tokens signed with PUBLIC_KEYS\n")
+    assert run("check", PUBLIC_KEYS=provider.url, HOST="127.0.0.2")[:2] == (
+        0, "listens on 127.0.0.2, port 6380\nlets in tokens signed with PUBLIC_KEYS\n")
     status, out, err = run("check")
     assert status == 0 and "clients on this machine" in out and "SECRET is empty" in err
     provider.answer = KeyServer.send(b"", 500)
