@@ -361,8 +361,7 @@ class Settings:
         "hiredis", shown=False)
     redis_key: str = _setting("philote", _TEXT, "the stream that they share there")
     read_buffer_size: int = _setting(
-        1024, _SIZE, "bytes that are read at a time; 131072 where it is less, or 16384 with "
-        "MAX_MESSAGE_RATE")
+        1024, _SIZE, "bytes that are read at a time; 65536 where it is less")
     write_buffer_size: int = _setting(
         1024, _SIZE, "bytes that one publisher's messages may have before they are written, at "
         "first; more under load")
@@ -1160,7 +1159,7 @@ def read_frames(max_message_size: int) -> Generator[str | Frame | bytes | None, 
 _DONTWAIT = socket.MSG_DONTWAIT
 _BUFFERS_PER_WRITE = 64  # in one system call; every system has room for more (IOV_MAX is 1024)
 _LARGEST_HELD_SEND = 32768  # bytes; to copy more takes so long that others may have the lock
-_FULL_READ, _SMALL_READ = 131072, 16384  # bytes
+_FULL_READ = 65536  # bytes
 _LARGE_READ = 4096  # bytes; who sends so much at a time takes turns, see Server.take_turn()
 
 try:
@@ -3914,7 +3913,6 @@ class Subscriber:
 
 
 _PONGS = 16  # pings of one read that are answered one by one; of more, the last (RFC 6455, 5.5.3)
-_FULL_BUFFER = 65536  # bytes that were not acknowledged, see WebSocket.on_heartbeat()
 _LONGEST_LOOK = 5  # seconds between two looks whether a subscriber with ids was sent anything
 # What counts for MAX_MESSAGE_RATE, in messages.
 _CONTROL_COST = 0.1  # a ping, a pong or a fragment
@@ -3936,9 +3934,7 @@ class WebSocket(Subscriber):
         self.rest = rest  # what was read together with the request, and is not part of it
         self.frames = read_frames(self.server.settings.max_message_size)
         next(self.frames)  # up to its first yield, where it takes bytes
-        # Who is held back by MAX_MESSAGE_RATE waits with what was read.
-        self.read_size = max(self.server.settings.read_buffer_size,
-                             _SMALL_READ if connection.rate.limit else _FULL_READ)
+        self.read_size = max(self.server.settings.read_buffer_size, _FULL_READ)
         self.batch = Batch(self.server, self.id, key.user, connection)
         # What the client asked for that may take long: read_messages() calls it.
         self.asked: Callable[[], None] | None = None
@@ -4133,10 +4129,10 @@ class WebSocket(Subscriber):
         unacknowledged = connection.transport.unacknowledged()
         acknowledged = connection.sent - unacknowledged
         # A peer that is slow may reach our ping only after much else. But where more than
-        # _FULL_BUFFER bytes were unacknowledged, its receive buffer is taken to have been full: if
-        # it takes bytes again, the peer has read. With room in the buffer, an acknowledgement shows
+        # _FULL_READ bytes were unacknowledged, its receive buffer is taken to have been full: if it
+        # takes bytes again, the peer has read. With room in the buffer, an acknowledgement shows
         # nothing: the peer's system sends it whether anybody reads or not.
-        if acknowledged > self.acknowledged and self.unacknowledged > _FULL_BUFFER:
+        if acknowledged > self.acknowledged and self.unacknowledged > _FULL_READ:
             self.moved = now
         self.acknowledged, self.unacknowledged = acknowledged, unacknowledged
         heard = max(connection.last_received, self.moved)
