@@ -1291,7 +1291,8 @@ def nested(depth, begin="[", end="]", inmost=""):
 
 def test_a_message_may_be_nested_to_800_levels(undisturbed, writer):
     for depth in 798, 799, 800, *range(880, 1010, 10):
-        for deep in nested(depth), nested(depth, '{"a":', "}", "1"), nested(depth, "[1,", ",2]", "0"):
+        for deep in (nested(depth), nested(depth, '{"a":', "}", "1"),
+                     nested(depth, "[1,", ",2]", "0")):
             for sent in (deep, '{"channel": %s}' % deep):
                 writer.send(frame(1, sent))
                 assert writer.receive()["error"] == "bad_message"
