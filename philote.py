@@ -2734,8 +2734,9 @@ class Gathering:
 
     WAIT = 0.0003  # seconds
     RECENT = 0.0005  # seconds since another's messages were written: who comes then may wait
-    PAUSE = 0.01  # seconds without a wait behind one in which nobody came, or that was LATE
-    OVERRUN = 20  # times as long as the latter has lasted, if that is more
+    PAUSE = 0.01  # seconds without a wait behind one in which nobody came
+    OVERRUN = 0.003  # seconds: that a wait lasted so long shows that a thread keeps the lock
+    LONG_PAUSE = 0.1  # seconds without a wait behind such a one
     FEW = 16  # connections to write to; for fewer, the wait would take longer than it saves
     MUCH = 16384  # bytes; of more, the system call is the smaller part
     LATE = 0.001  # seconds behind which a wait should have ended
@@ -2794,9 +2795,10 @@ class Gathering:
                 with self.lock:
                     if self.touched is touched:  # else another has written it meanwhile
                         self.touched = None
-                        lasted = time.monotonic() - now
-                        if self.last is not None or lasted > self.LATE:  # not None: nobody came
-                            self.due = now + max(self.PAUSE, self.OVERRUN * lasted)
+                        if self.last is not None:  # nobody came
+                            self.due = now + self.PAUSE
+                        if time.monotonic() - now > self.OVERRUN:
+                            self.due = now + self.LONG_PAUSE
         return False
 
 

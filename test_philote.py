@@ -2708,7 +2708,8 @@ class Target:
 def gathering(monkeypatch):
     """One that somebody has just written by, and whose waits end when the test says so."""
     gathering = philote.Gathering()
-    gathering.RECENT = gathering.PAUSE = gathering.LATE = PATIENCE
+    gathering.RECENT = gathering.PAUSE = gathering.LATE = gathering.LONG_PAUSE = PATIENCE
+    gathering.OVERRUN = PATIENCE
     gathering.WAIT, gathering.waits, gathering.go_on = object(), 0, threading.Event()
 
     def wait(seconds, sleep=time.sleep):
@@ -2758,7 +2759,7 @@ def test_behind_a_wait_that_lasted_too_long_nobody_waits_for_a_while(gathering):
     with background(lambda: gathering.write(Target(2), targets(16), 1)):
         wait_until(lambda: gathering.waits)
         gathering.write(Target(3), targets(16), 1)
-        gathering.LATE = 0
+        gathering.OVERRUN = 0
         gathering.go_on.set()
     gathering.write(Target(4), mine := targets(16), 1)
     assert gathering.waits == 1 and all(target.flushed for target in mine)
