@@ -85,7 +85,7 @@ What the server promises, and where each promise is kept:
                     ids is told of a gap, and others are disconnected (RedisLog.tell_gap).
     nobody waits    A publisher writes to a socket only what that takes at once (Transport.send);
     for another     the rest is the poller's work (Connection.resume). What it leaves to another
-                    publisher's thread, the next one writes where that is late (Gathering).
+                    publisher's thread, a third one writes where that is late (Gathering).
 
 Left out on purpose: compression (it would cost each connection some 300 KB and each message its
 shared frame), Windows. Without Redis, messages do not outlive the process.
@@ -882,7 +882,8 @@ def decode_json(text: str) -> Any:
     try:
         # Half of decode()'s time goes into a look for white space around it.
         value, end = _decoder.raw_decode(text) if text[:1] == "{" else (None, -1)
-        value = value if end == len(text) else _decoder.decode(text)
+        if end != len(text):
+            value = _decoder.decode(text)
     except json.JSONDecodeError as error:
         raise Refused(f"not JSON: {error}") from None
     except (ValueError, RecursionError):  # a number of 5,000 digits, NaN; 200,000 brackets
@@ -1294,9 +1295,9 @@ class Transport:
 _RECORD = 16384  # bytes in one record of TLS (RFC 8446, section 5.1)
 _MOST_ENCRYPTED = 65536  # bytes that are encrypted before the socket has taken them
 _MOST_REPLIES = 65536  # bytes of answers to a peer's TLS, which it provokes and does not read
+_TLS_ONLY = b'{"error":"tls","reason":"this port speaks TLS: https:// or wss://"}'
 _NO_TLS = (b"HTTP/1.1 400 Bad Request\r\nConnection: close\r\nContent-Type: application/json\r\n"
-           b"Content-Length: 67\r\n\r\n"
-           b'{"error":"tls","reason":"this port speaks TLS: https:// or wss://"}')
+           b"Content-Length: %d\r\n\r\n%b" % (len(_TLS_ONLY), _TLS_ONLY))
 
 
 class TLSTransport(Transport):
@@ -2726,10 +2727,9 @@ class Gathering:
     Who publishes alone never waits, nor who has little to write, or much. Where nobody came in such
     a wait, there is no other for a while. A sleep may last far longer than it should, a second
     where many threads want the interpreter's lock: who comes then writes for the one that waits.
-    Where nobody comes, as in a program whose own threads are busy, there is none for far longer.
-    And who has few connections is not left behind somebody's thousands. On 2 cores, 8 publishers
-    with 8 messages in flight each and 50 subscribers have twice the rate by that, and half the
-    delay.
+    Where nobody does, as in a program whose own threads are busy, nobody waits for far longer. And
+    who has few connections is not left behind somebody's thousands. On 2 cores, 8 publishers with 8
+    messages in flight each and 50 subscribers have twice the rate by that, and half the delay.
     """
 
     WAIT = 0.0003  # seconds
@@ -4842,13 +4842,13 @@ def tell_history(handler: HTTPHandler, request: Request) -> Response:
 def publish(handler: HTTPHandler, request: Request) -> Response:
     """POST /api/publish: publish a message, or a list of them, all or none."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    # The last of these is curl's default.
+    if kind not in ("", "application/json", "application/x-www-form-urlencoded"):
+        raise HTTPError(415, f"the Content-Type must be application/json, not {_shown(kind)}")
     # Some name the charset there.
     if unknown := {*request.tokens("content-encoding")} - {"", "identity", "utf-8"}:
         raise HTTPError(415, f"the body must not be encoded, as it is by {_shown(unknown.pop())}",
                         headers={"Accept-Encoding": "identity"})
-    # The last of these is curl's default.
-    if kind not in ("", "application/json", "application/x-www-form-urlencoded"):
-        raise HTTPError(415, f"the Content-Type must be application/json, not {_shown(kind)}")
     try:
         body = handler.read_body(request)
         handler.cost = 1 + len(body) / _BAD_BYTES  # until it shows good messages
@@ -7126,9 +7126,10 @@ def _parse_count(text: str) -> int:
 
 
 def _parse_last(text: str) -> int:
-    if not re.fullmatch("[0-9]{1,5}", text) or int(text) > _MAX_LAST:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to {_MAX_LAST}")
-    return int(text)
+    try:
+        return parse_past(None, text).last
+    except Refused as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _parse_url(text: str) -> str:
@@ -7352,7 +7353,7 @@ def _serve(_: argparse.Namespace) -> int:
         handler.finish(1)
         return 0
     except OSError as error:
-        _tell(f"cannot listen on {_where(settings)}: {error.strerror or error}")
+        _tell(_cannot_listen(settings, error))
         return 1
     if server.interpreter_lock:
         server.switch_interval = SwitchInterval()
@@ -7489,7 +7490,6 @@ def _check(_: argparse.Namespace) -> int:
     # What is wrong is said below. Without any handler, logging would print the log's warnings, too.
     log.addHandler(logging.NullHandler())
     settings = Settings.from_environ(os.environ)
-    _check_host(settings)
     _check_listening(settings)
     try:
         keys = Keyring(settings)
@@ -7540,16 +7540,20 @@ def _where(settings: Settings) -> str:
     return (settings.host or "all interfaces") + port
 
 
-def _check_host(settings: Settings) -> None:
+def _cannot_listen(settings: Settings, error: OSError) -> str:
+    return f"cannot listen on {_where(settings)}: {_tell_error(error)}"
+
+
+def _check_host(settings: Settings) -> tuple[socket.AddressFamily, Any]:
     try:
-        _resolve(settings.host, settings.port)
+        return _resolve(settings.host, settings.port)
     except socket.gaierror:
         raise SettingsError(_not_allowed("HOST", settings.host, _HOST.allowed)) from None
 
 
 def _check_listening(settings: Settings) -> None:
     # What is there may be a server with these settings: it is left alone, and is no error.
-    family, address = _resolve(settings.host, settings.port)
+    family, address = _check_host(settings)
     try:
         if family == socket.AF_UNIX:
             _refuse_other_file(address)
@@ -7561,8 +7565,7 @@ def _check_listening(settings: Settings) -> None:
             sock.bind(address)
     except OSError as error:
         if error.errno != errno.EADDRINUSE:
-            raise SettingsError(f"HOST, PORT: cannot listen on {_where(settings)}: "
-                                f"{error.strerror or error}") from None
+            raise SettingsError(f"HOST, PORT: {_cannot_listen(settings, error)}") from None
 
 
 def _health(arguments: argparse.Namespace) -> int:
