@@ -7112,11 +7112,14 @@ class _CommandParser(_Parser):
         return parsed, unknown
 
 
-def _parse_duration(text: str) -> float:
-    try:
-        return parse_duration(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    # argparse tells what an ArgumentTypeError says; of a ValueError, only that there was one.
+    def parse_argument(text: str) -> Any:
+        try:
+            return parse(text)
+        except (ValueError, PhiloteError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return parse_argument
 
 
 def _parse_count(text: str) -> int:
@@ -7126,17 +7129,11 @@ def _parse_count(text: str) -> int:
 
 
 def _parse_last(text: str) -> int:
-    try:
-        return parse_past(None, text).last
-    except Refused as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    return parse_past(None, text).last
 
 
 def _parse_url(text: str) -> str:
-    try:
-        split_url(text)
-    except PhiloteError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    split_url(text)  # raises PhiloteError
     return text
 
 
@@ -7200,7 +7197,8 @@ def _make_parser() -> argparse.ArgumentParser:
 
 def _add_url(command: argparse.ArgumentParser, default: str, default_shown: str) -> None:
     # argparse hands a default that is text to `type`, too: so a bad PHILOTE_URL is refused as well.
-    command.add_argument("--url", type=_parse_url, default=os.environ.get("PHILOTE_URL", default),
+    command.add_argument("--url", type=_argument(_parse_url),
+                         default=os.environ.get("PHILOTE_URL", default),
                          help=f"server (default: PHILOTE_URL, or {default_shown})")
 
 
@@ -7209,7 +7207,7 @@ def _add_token_options(command: argparse.ArgumentParser) -> None:
     for right in "read", "write":
         option(f"--{right}", type=_parse_names, default=[], action="extend", metavar="A,B",
                help=f"channels that it may {right}; chat.* is all that begin with chat.")
-    option("--expires", type=_parse_duration, metavar="1h",
+    option("--expires", type=_argument(parse_duration), metavar="1h",
            help="how long it is valid (default: for ever)")
     option("--api", action="store_true",
            help="also open /api/info and /metrics, and let its bearer end connections")
@@ -7225,8 +7223,8 @@ def _add_reading_options(command: argparse.ArgumentParser) -> None:
     option("--json", action="store_true", help="print whole messages as JSON")
     option("--since", type=_parse_text, metavar="10m", help="begin with what is kept of that "
            "time, or behind the message with this id")
-    option("--last", type=_parse_last, metavar="N", help="begin with the last N messages of each "
-           "channel, or where the id of --since is no longer kept")
+    option("--last", type=_argument(_parse_last), metavar="N", help="begin with the last N "
+           "messages of each channel, or where the id of --since is no longer kept")
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
