@@ -6798,15 +6798,14 @@ def split_url(url: str) -> urllib.parse.SplitResult:
     return parts
 
 
-def _path_of(url: urllib.parse.SplitResult) -> str:
-    # The path to request. That of a ws+unix: URL is the file of the socket, so there it is "/".
-    return "/" if url.scheme == _WS_UNIX else url.path or "/"
-
-
-def _target(url: urllib.parse.SplitResult, path: str, parameters: Any) -> str:
-    # The query of the URL is kept, and may hold a token.
+def _target(url: urllib.parse.SplitResult, parameters: Any, name: str = "") -> str:
+    # What to request: the path of the URL, or what `name` means there, as a browser would find it:
+    # a proxy may have the server below a path, ws://host/chat/ (without the last slash, its last
+    # part is replaced, as in the links of a page). The path of a ws+unix: URL is the file of the
+    # socket, so there it is "/". The query of the URL is kept, and may hold a token.
+    path = "/" if url.scheme == _WS_UNIX else url.path or "/"
     query = "&".join(filter(None, [url.query, urllib.parse.urlencode(parameters, doseq=True)]))
-    return path + ("?" + query if query else "")
+    return urllib.parse.urljoin(path, name) + ("?" + query if query else "")
 
 
 def _explain_tls(error: ssl.SSLError) -> Exception:
@@ -6861,7 +6860,7 @@ class _Link:
         headers = [(b"Authorization", _bearer(token).encode())] if token else []
         self.sock.send(self.protocol.send(wsproto.events.Request(
             host=url.netloc.rpartition("@")[2] or "localhost", extra_headers=headers,
-            target=_target(url, _path_of(url), parameters))))
+            target=_target(url, parameters))))
         try:
             while not (event := next(self.protocol.events(), None)):
                 self.protocol.receive_data(self.sock.recv())  # refuses a head above 16 KiB
@@ -7606,11 +7605,8 @@ def _get(arguments: argparse.Namespace, name: str, most: int | None = None, toke
     with contextlib.closing(connection):
         if url.scheme == _WS_UNIX:
             connection.sock = _dial(url)
-        # As a browser finds it: a proxy may have the server below a path, ws://host/chat/ (without
-        # the last slash, its last part is replaced, as in the links of a page).
-        path = urllib.parse.urljoin(_path_of(url), name)
         try:
-            connection.request("GET", _target(url, path, parameters),
+            connection.request("GET", _target(url, parameters, name),
                                headers={"Authorization": _bearer(token)} if token else {})
         except ssl.SSLError as error:
             raise _explain_tls(error) from None
