@@ -2554,8 +2554,7 @@ class Log:
     def add_ids(self, subscriber: Subscriber) -> None:
         """Let a subscriber have ids from now on."""
         with self.lock:
-            for name in subscriber.channels:
-                self._leave(subscriber, name)
+            self._leave(subscriber, subscriber.channels)
             subscriber.encoder = subscriber.encoders[True]
             self._join(subscriber, subscriber.channels)
 
@@ -2568,7 +2567,7 @@ class Log:
         """Undo join(); a channel that nobody has joined any more is forgotten."""
         for name in names:
             with self.lock:  # let go of between two, so that no publisher waits for a thousand
-                self._leave(subscriber, name)
+                self._leave(subscriber, [name])
 
     def forget(self, subscriber: Subscriber) -> None:
         """Let a subscriber leave all for good; at once, as it comes back from the last id it got.
@@ -2578,8 +2577,7 @@ class Log:
         """
         with self.lock:
             subscriber.forgotten = True
-            for name in subscriber.channels:
-                self._leave(subscriber, name)
+            self._leave(subscriber, subscriber.channels)
             self.issuers.pop(subscriber.id, None)
 
     def totals(self) -> dict[str, Any]:
@@ -2678,18 +2676,19 @@ class Log:
             members = self.joined[name].setdefault(subscriber.encoder, {})
             members[connection] = connection.pending.append
 
-    def _leave(self, subscriber: Subscriber, name: str) -> None:
-        audience = self.joined[name] if name in self.joined else {}
-        members = audience[subscriber.encoder] if subscriber.encoder in audience else {}
-        if subscriber.connection not in members:
-            return
-        del members[subscriber.connection]
-        if not members:
-            del audience[subscriber.encoder]
-        if not audience:
-            del self.joined[name]
-            if name[-1] == "*":
-                self.prefix_sizes -= collections.Counter([len(name) - 1])  # none at zero are kept
+    def _leave(self, subscriber: Subscriber, names: Iterable[str]) -> None:
+        for name in names:
+            audience = self.joined[name] if name in self.joined else {}
+            members = audience[subscriber.encoder] if subscriber.encoder in audience else {}
+            if subscriber.connection not in members:
+                continue
+            del members[subscriber.connection]
+            if not members:
+                del audience[subscriber.encoder]
+            if not audience:
+                del self.joined[name]
+                if name[-1] == "*":
+                    self.prefix_sizes -= collections.Counter([len(name) - 1])  # keeps none at zero
 
     def _find_audience(self, name: str) -> Audience:
         # Who has joined a channel by several patterns is in it once.
@@ -3350,8 +3349,7 @@ class RedisLog(Log):
                         connection.put(subscriber.encode_gap(self.position))
                         told.append(connection)
                     elif subscriber.channels:  # nothing may come behind what it missed
-                        for name in subscriber.channels:
-                            self._leave(subscriber, name)
+                        self._leave(subscriber, subscriber.channels)
                         ended.append(subscriber)
         for connection in told:
             connection.flush()
