@@ -4575,11 +4575,10 @@ class HTTPHandler:
         if length is None or "transfer-encoding" in request.headers:
             self.unread = True  # a body may follow, and we do not look for its end
             raise HTTPError(411, "a request with a body needs a Content-Length")
-        if len(length) > 18 or int(length) > limit:
+        if len(length) > 18 or (size := int(length)) > limit:
             raise HTTPError(413, f"the body may have {limit} bytes", "too_large")
         if request.version == "1.1" and "100-continue" in request.tokens("expect"):
             self.connection.put(Response(100).encode())
-        size = int(length)
         body = bytearray(self.buffer)
         self.connection.move(READING)  # the deadline holds for the body, too
         while len(body) < size:
