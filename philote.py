@@ -4988,9 +4988,9 @@ def show_console(handler: HTTPHandler, request: Request) -> Response:
     """GET /: the console for a browser; others are told to open a WebSocket."""
     if "text/html" not in request.headers.get("accept", "").lower():
         raise HTTPError(426, "this is a WebSocket server", headers=_UPGRADE)
-    if not handler.server.settings.console:
-        raise HTTPError(404, "there is nothing here: CONSOLE is false")
     settings = handler.server.settings
+    if not settings.console:
+        raise HTTPError(404, "there is nothing here: CONSOLE is false")
     page, policy = _make_console(
         settings.protected and not (settings.claim or settings.audience or settings.issuer),
         settings.claim)
@@ -7498,9 +7498,8 @@ def _check(_: argparse.Namespace) -> int:
         where = _check_redis(settings)
     tls = _load_certificate(settings)
     _print(f"listens on {_where(settings)}{', with TLS' if tls else ''}")
-    signers = [name for name, value in (
-        ("SECRET", settings.secret), ("OLD_SECRET", settings.old_secret),
-        ("PUBLIC_KEYS", settings.public_keys)) if value]
+    signers = [name for name in ("SECRET", "OLD_SECRET", "PUBLIC_KEYS")
+               if getattr(settings, name.lower())]
     _print("lets in " + (f"tokens signed with {' or '.join(signers)}" if signers else
                          "clients on this machine, with any token"))
     if settings.redis_url:
