@@ -3108,6 +3108,8 @@ class RedisLog(Log):
     Each of these works with a connection of its own, and after an error with a new one (_keep). The
     first error sets `failure` (_fail), and the log counts as out of reach until an entry that was
     sent after that has been read back (_recover): then the whole way works again.
+
+    Raises SettingsError, and PhiloteError where a package is missing.
     """
 
     ROWS = (
@@ -3125,6 +3127,8 @@ class RedisLog(Log):
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
+        if settings.max_message_size > _LARGEST_IN_REDIS:
+            raise SettingsError(f"MAX_MESSAGE_SIZE: with REDIS_URL it may be {_LARGEST_IN_REDIS}")
         self.redis, self.connect, self.address = _find_redis(settings.redis_url)
         self.key = settings.redis_key
         self.id = uuid.uuid4().hex[:16].encode()
@@ -3725,13 +3729,6 @@ def _find_redis(url: str) -> tuple[Any, Callable[[], Any], str]:
         ) from None
     where = getattr(one, "path", "") or f"{one.host}:{one.port}"
     return redis, connect, where + (f", database {one.db}" if one.db else "")
-
-
-def make_log(settings: Settings) -> Log:
-    """Make the log that the settings ask for. Raises SettingsError and PhiloteError."""
-    if settings.redis_url and settings.max_message_size > _LARGEST_IN_REDIS:
-        raise SettingsError(f"MAX_MESSAGE_SIZE: with REDIS_URL it may be {_LARGEST_IN_REDIS}")
-    return RedisLog(settings) if settings.redis_url else Log(settings)
 
 
 # -------------------------------------------------------------------------------------- subscribers
@@ -5492,7 +5489,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.stopped = threading.Event()
         self.failure: BaseException | None = None
         self.on_failure: Callable[[], None] = lambda: None  # called by fail()
-        self.log = make_log(settings)
+        self.log: Log = RedisLog(settings) if settings.redis_url else Log(settings)
         self.log.end_own, self.log.stopping = self.end_own, self.stopping
         self.log.on_failure = self.fail
         self.admission = Admission(settings, self.stopping)
@@ -7515,9 +7512,9 @@ def _check(_: argparse.Namespace) -> int:
 
 def _check_redis(settings: Settings) -> str:
     try:
-        with contextlib.closing(RedisLog(settings)) as store:
-            store.check()
-            return store.address
+        store = RedisLog(settings)
+        store.check()
+        return store.address
     except PhiloteError as error:
         raise SettingsError(re.sub("^(?!REDIS_URL)", "REDIS_URL: ", str(error))) from None
 

@@ -5908,7 +5908,7 @@ def test_a_message_of_the_size_allowed_with_redis_fits_in_there_however_it_is_wr
     most = philote._LARGEST_IN_REDIS * len(encoded) / len(message)  # internal
     assert most < 512 << 20, "proto-max-bulk-len"
     with pytest.raises(philote.SettingsError, match="MAX_MESSAGE_SIZE: with REDIS_URL"):
-        philote.make_log(philote.Settings(
+        philote.RedisLog(philote.Settings(
             redis_url="redis://127.0.0.1", max_message_size=philote._LARGEST_IN_REDIS + 1))
 
 
@@ -6006,6 +6006,8 @@ def test_check_tries_redis(store):
         fails(word, status=status, says="DB index", REDIS_URL=store.url + "/99")
     store.kill()
     fails("check", status=2, says=f"REDIS_URL: Redis at 127.0.0.1:{port}", REDIS_URL=store.url)
+    fails("check", status=2, says="MAX_MESSAGE_SIZE: with REDIS_URL", REDIS_URL=store.url,
+          MAX_MESSAGE_SIZE=str(1 << 27))
 
 
 def test_redis_with_a_password_a_number_tls_and_a_unix_socket(tmp_path, certificate, hasty):
