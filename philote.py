@@ -7095,11 +7095,8 @@ class _CommandParser(_Parser):
         """Let options stand between the words: publish CHANNEL --url URL DATA."""
         if not self.mixes or "--" in args:
             return super().parse_known_args(args, namespace)
-        self.mixes = False  # it calls this method again
-        try:
-            parsed, unknown = self.parse_known_intermixed_args(args, namespace)
-        finally:
-            self.mixes = True
+        self.mixes = False  # it calls this method again; a parser is used once
+        parsed, unknown = self.parse_known_intermixed_args(args, namespace)
         if unknown:
             self.error("unrecognized arguments: " + " ".join(unknown))
         return parsed, unknown
