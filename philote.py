@@ -481,7 +481,7 @@ class AccessKey(NamedTuple):
     read: Names = _NO_NAMES
     write: Names = _NO_NAMES
     expires: float | None = None  # seconds since the epoch
-    api: bool = False  # whether it may see what the server is doing
+    api: bool = False  # whether it may see what the server is doing, and end connections
     user: str = ""  # who bears it, as other clients are told
 
     @property
@@ -510,9 +510,9 @@ def new_token(secret: str, read: Iterable[str] = (), write: Iterable[str] = (),
               claim: str = "", audience: str = "", issuer: str = "") -> str:
     """Make a token for the channels `read` and `write`; `chat.*` is all that begin with `chat.`.
 
-    It is valid for `expires_in` seconds (None: for ever). `api` opens /api/info and /metrics too.
-    `user` is who bears it: those who ask for ids are told beside each message. The last three are
-    for a server that has these settings.
+    It is valid for `expires_in` seconds (None: for ever). `api` opens /api/info, /metrics and
+    /api/connections too. `user` is who bears it: those who ask for ids are told beside each
+    message. The last three are for a server that has these settings.
     """
     if isinstance(read, str) or isinstance(write, str):  # its letters would be channels
         raise TypeError("read and write are lists of channels")
@@ -2823,7 +2823,7 @@ class Batch:
         self.log, self.gathering = server.log, server.gathering
         self.issuer = issuer
         self.user = f'"user":{_quoted(user)},'.encode() if user else b""
-        self.connection = connection  # counts what is published
+        self.connection = connection  # the publisher's, which counts what is published
         # Once `limit` bytes are gathered, more are likely to come, and it grows fourfold. A flush
         # that finds it less than a quarter used halves it, down to `least`.
         self.least = self.limit = min(server.settings.write_buffer_size, _MOST_GATHERED)
@@ -3178,7 +3178,8 @@ class RedisLog(Log):
     def begin(self, is_over: Callable[[], bool]) -> None:
         """Read the log up to now; wait for Redis where it is not there.
 
-        Raises PhiloteError where it would be in vain, and _Stopped once `is_over`.
+        Raises PhiloteError where it would be in vain, OSError where the system has no thread left,
+        and _Stopped once `is_over`.
         """
         try:
             for thread in self.threads:
@@ -4228,8 +4229,8 @@ class EventStream(Subscriber):
     """A client that follows channels as server-sent events (WHATWG HTML, section 9.2)."""
 
     encoders = (
-        Encoder(lambda entries: b"".join([
-            b"data: %b\n\n" % payload for payload in entries]), False),
+        Encoder(lambda payloads: b"".join([
+            b"data: %b\n\n" % payload for payload in payloads]), False),
         Encoder(lambda entries: b"".join([
             b"id: %b\ndata: %b\n\n" % (encode_id(position).encode(), payload)
             for position, payload in entries]), True))
@@ -4296,7 +4297,7 @@ class EventStream(Subscriber):
 #       read_body       READING     only if the endpoint wants a body; the deadline is the same
 #                       ANSWERING   the body is there; what came behind it is in `buffer`
 #     _respond          READING     the answer is queued, and the next request is read
-#     or _subscribe     SUBSCRIBED  the connection is a Subscriber's now, and so is `buffer`
+#     or _subscribe     SUBSCRIBED  the connection is a Subscriber's now; `buffer` is a WebSocket's
 #
 # While an answer is made nothing else is read: requests that come early (pipelining) wait in
 # `buffer` or in the socket. The deadline can end a connection only while it is READING. An
@@ -5017,7 +5018,7 @@ class Endpoint(NamedTuple):
     method: str
     answer: Callable[[HTTPHandler, Request], Response]
     right: str = ""  # "" for anybody, "token" for any good token, "api" for one with the claim api
-    parameters: tuple[str, ...] = ()  # of the query, beside `auth`; others are refused
+    parameters: tuple[str, ...] = ()  # of the query, beside `auth`; /api/ refuses others
 
 
 UPGRADE = Endpoint("GET", open_websocket, "token")
@@ -5985,8 +5986,8 @@ def _tell_error(error: Exception) -> str:
 # What has to be sent in answer to what was read - steps 2 and 4, a pong, a close - is therefore
 # sent by a short-lived thread, see _send_aside().
 #
-# The locks, in the order in which they may be taken: Client._asking, Client._changed (nothing is
-# sent under it; a thread that holds it may take it again), _Link.sending, _ClientSocket.calling.
+# The locks, in the order in which they may be taken: Client._asking, Client._lock (nothing is sent
+# under it; a thread that holds it may take it again), _Link.sending, _ClientSocket.calling.
 # Nobody waits for _Link.ponging, see there.
 
 _ANSWER_TIME = 10  # seconds that we wait for a server's answer, or for progress in close()
@@ -6010,7 +6011,10 @@ _FINAL = {CloseReason.PROTOCOL_ERROR, CloseReason.INVALID_FRAME_PAYLOAD_DATA,
 
 
 class PhiloteError(Exception):
-    """What a Client raises, beside OSError where the server cannot be reached."""
+    """What a Client raises, beside OSError where the server cannot be reached.
+
+    A Server raises it where it cannot use Redis.
+    """
 
 
 class Unauthorized(PhiloteError):
@@ -6052,7 +6056,7 @@ class _Request:
         _answer()        removes it: for the server's answer, or for its own message in a replay
         _await()         waits for the answer, where somebody wants it
 
-    Guarded by Client._changed.
+    Guarded by Client._lock.
     """
 
     def __init__(self, value: dict[str, Any], awaited: bool) -> None:
@@ -6263,7 +6267,8 @@ class Client:
         """End the connection, once the server has read all that was published.
 
         Waits for that while there is progress, and gives up after 10 seconds without. Raises
-        ConnectionClosed or OSError where a message may be lost, Forbidden where one was refused.
+        ConnectionClosed or Unauthorized where a message may be lost, Forbidden where one was
+        refused.
         """
         answered = self._wait_while(
             lambda: bool(self._unanswered()) and not self._end, _ANSWER_TIME)
