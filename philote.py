@@ -2990,7 +2990,7 @@ class Incoming:
         self.name, self.issuer, self.user = "", "", b""
         self.payloads, self.value = list[bytes](), dict[str, Any]()
         if self.kind == b"channel":
-            self.name, self.issuer = fields[7].decode("utf-8", "surrogatepass"), fields[9].decode()
+            self.name, self.issuer = fields[7].decode(), fields[9].decode()
             self.user, self.payloads = fields[11], fields[13::2]
         elif self.kind != b"lift":
             self.value = json.loads(fields[7])
@@ -3214,8 +3214,8 @@ class RedisLog(Log):
 
     def publish(self, batch: Batch) -> None:
         """Let messages be appended; they are acknowledged when they have come back."""
-        fields = [*self.head, b"channel", batch.channel.encode("utf-8", "surrogatepass"),
-                  b"issuer", batch.issuer.encode(), b"user", batch.user]
+        fields = [*self.head, b"channel", batch.channel.encode(), b"issuer", batch.issuer.encode(),
+                  b"user", batch.user]
         for payload in batch.payloads:
             fields += b"message", payload
         self.outbox.put(Outgoing(fields, batch.acks, batch.connection))
