@@ -2941,6 +2941,8 @@ _UNAVAILABLE_TIME = 5  # seconds for an answer of Redis, and for an entry to com
 _ANSWERED_TIME = 1  # seconds for the answers of other servers, once ours is there (wait_for_all())
 _LAG_TIME = 8  # seconds that a client waits whose position we have not read yet (wait_until()):
 #                less than the 10 that ours wait for an answer, or they would never get in
+_LONGEST_WAIT = 10.0  # seconds that the read thread waits for subscribers (_let_read())
+_STALLED_TIME = 1  # seconds in which one takes no bytes, after which it is not waited for
 _OUTBOX_SIZE = 1 << 24  # bytes that may wait to come back; with more, publishers have to wait
 _MOST_ENTRIES, _MOST_BYTES = 500, 1 << 20  # that are appended, or read, at a time
 _MOST_TRIMMED = 100_000  # entries that are cut off at a heartbeat, at most: more than come between
@@ -3163,7 +3165,7 @@ class RedisLog(Log):
         self.asked: dict[str, _Question] = {}  # that are not done
         self.read_count = self.skipped = self.repeated = self.losses = 0
         self.at_end = 0.0  # all that was in the log at that time has been read
-        self.patience, self.rested = 10.0, time.monotonic()  # see _let_read()
+        self.patience, self.rested = _LONGEST_WAIT, time.monotonic()  # see _let_read()
         self.stalled: dict[Connection, int] = {}  # and the bytes written to each when it stalled
         # Bytes that may wait for a subscriber before _let_read() waits for it, too: what comes
         # until it is looked at again must still fit into its queue.
@@ -3586,24 +3588,27 @@ class RedisLog(Log):
 
     def _let_read(self, connections: Iterable[Connection]) -> None:
         # What piled up during a break comes all at once, and would overflow the queues even of
-        # peers that read well. So this waits for each of them while it takes any bytes. One that
-        # takes none for half a second has stalled: it is left to on_overflow(), and not waited for
-        # again before it has taken some. All other subscribers wait meanwhile. So this waits for
-        # ten seconds at most (`patience`), and regains two of them in each minute.
+        # peers that read well. So this waits for all of these while they take any bytes. One that
+        # takes none for a second has stalled: it is left to on_overflow(), and not waited for again
+        # before it has taken some. All other subscribers wait meanwhile. So this waits for ten
+        # seconds at most (`patience`), and regains two of them in each minute.
         begin = time.monotonic()
-        self.patience = min(10, self.patience + (begin - self.rested) / 30)
-        for connection in connections:
-            sent, moved = connection.sent, begin
-            while connection.size > self.most and self.stalled.get(connection) != sent:
-                now = time.monotonic()
-                if connection.sent != sent:
-                    sent, moved = connection.sent, now
-                if now > begin + self.patience:
-                    break
-                if now > moved + 0.5:
-                    self.stalled = {c: n for c, n in self.stalled.items() if c.size > self.most}
+        self.patience = min(_LONGEST_WAIT, self.patience + (begin - self.rested) / 30)
+        # The bytes written to each, and since when it has taken no more.
+        slow = {c: (c.sent, begin) for c in connections
+                if c.size > self.most and self.stalled.get(c) != c.sent}
+        while slow and (now := time.monotonic()) <= begin + self.patience:
+            for connection, (sent, since) in [*slow.items()]:
+                if connection.size <= self.most:
+                    del slow[connection]
+                elif connection.sent != sent:
+                    slow[connection] = connection.sent, now
+                elif now > since + _STALLED_TIME:
                     self.stalled[connection] = sent
-                time.sleep(0.002)
+                    del slow[connection]
+            time.sleep(0.002)
+        if self.stalled:
+            self.stalled = {c: n for c, n in self.stalled.items() if c.size > self.most}
         self.rested = time.monotonic()
         self.patience -= self.rested - begin
 
@@ -7364,6 +7369,7 @@ def _serve(_: argparse.Namespace) -> int:
         # The last resort, if the shutdown hangs or there is no memory left even for it: nobody
         # handles SIGALRM, so the system ends the process without any help from Python.
         signal.alarm(math.ceil(settings.shutdown_timeout) + 3)
+        _handle_signals(signal.SIG_IGN)  # which drops what came right behind the first by now
         _handle_signals(functools.partial(_end_at_once, server, time.monotonic()))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals - {signal.SIGHUP})
         log.info("%s: shutting down", signal.Signals(caught).name)

@@ -5454,7 +5454,9 @@ def test_room_that_others_took_while_a_request_waited_for_its_rate_is_not_there(
         assert error_of(answer) == (503, "unavailable") and b"nothing was" in answer[2]
 
 
-def test_who_reads_what_piled_up_during_a_break_is_not_taken_for_slow(store, hasty):
+def test_who_reads_what_piled_up_during_a_break_is_not_taken_for_slow(store, hasty, monkeypatch):
+    for name in "_LONGEST_WAIT", "_STALLED_TIME":  # a busy machine may not let this one read
+        monkeypatch.setattr(philote, name, 4 * PATIENCE)  # internal
     texts = [f"{i} {'x' * 4000}" for i in range(2500)]
     with running(redis_url=store.url, max_queue_size=100_000) as server, \
             RawClient(server, ["a"], receive_buffer=4096) as reader, \
@@ -5501,6 +5503,25 @@ def test_who_stalls_is_waited_for_once_until_he_reads_again(monkeypatch):
     assert waits() and not waits()
     stalled.sent += 1
     assert waits() and not waits()
+
+
+def test_who_reads_slowly_is_waited_for_though_others_stall_or_are_slow_before(monkeypatch):
+    server = philote.RedisLog(philote.Settings(redis_url="redis://localhost"))
+    begin, slow = server.rested, [Stalling(size=server.most + 30, sent=0) for _ in range(3)]
+    now = begin
+
+    def sleep(_):
+        nonlocal now
+        now += 0.1
+        for connection, least in zip(slow, (0, 20, 30)):  # the first takes nothing at all
+            if connection.sent < least:
+                connection.sent += 1
+                connection.size = server.most + least - connection.sent
+    monkeypatch.setattr(
+        philote, "time", SimpleNamespace(monotonic=lambda: now, sleep=sleep))
+    server._let_read(slow)  # internal
+    assert [connection.size - server.most for connection in slow] == [30, 0, 0]
+    assert 2.9 < now - begin < 3.2 and [*server.stalled] == slow[:1]  # and nobody waits in turn
 
 
 def test_redis_may_be_away_for_any_number_of_attempts(store, hasty, monkeypatch):
@@ -8384,10 +8405,26 @@ def test_a_client_that_is_stuck_holds_the_end_up_until_a_second_signal(first, se
         assert server.end()[0] == 1
 
 
+# On a busy machine any two signals may come long behind each other.
+PATIENT = (sys.executable, "-c", """
+import philote
+philote._SAME_SIGNAL = 3600  # internal
+philote.main()
+""")
+# Here the second comes when the first is taken, and is then another one.
+HASTY = (sys.executable, "-c", """
+import os, signal, philote
+philote._SAME_SIGNAL = 0  # internal
+philote._notify = lambda line: line == "STOPPING=1" and os.kill(os.getpid(), signal.SIGINT)
+philote.main()
+""")
+
+
 @pytest.mark.parametrize("pause", [0, 0.0005, 0.002, 0.01, 0.03, 0.05])
 def test_two_signals_right_behind_each_other_are_one(tmp_path, pause):
     path = tmp_path / "s"
-    with serving(HOST=f"unix:{path}") as server, RawClient(server, ["a"]) as reader:
+    with serving(launcher=PATIENT, HOST=f"unix:{path}") as server, \
+            RawClient(server, ["a"]) as reader:
         for number in signal.SIGTERM, signal.SIGINT:  # as timeout(1) does: the process, its group
             server.send_signal(number)
             time.sleep(pause)
@@ -8396,9 +8433,14 @@ def test_two_signals_right_behind_each_other_are_one(tmp_path, pause):
         assert server.end()[0] == 0 and server.says("stopped") and not path.exists()
 
 
+def test_a_signal_that_came_before_the_first_was_seen_to_is_the_same():
+    with serving(launcher=HASTY) as server:
+        assert server.stop()[0] == 0 and server.says("stopped")
+
+
 def test_no_signal_behind_the_end_of_the_shutdown_changes_its_outcome():
     for _ in range(4):
-        with serving() as server:
+        with serving(launcher=PATIENT) as server:
             while not server.is_over():
                 server.send_signal(signal.SIGTERM)
                 time.sleep(0.0005)
