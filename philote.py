@@ -322,7 +322,10 @@ def _setting(default: Any, kind: Kind, meaning: str, shown: bool = True) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the server may do. Sizes are in bytes, times in seconds."""
+    """What the server may do. Sizes are in bytes, times in seconds.
+
+    Raises SettingsError for a value of another type; whether it is allowed, from_environ() checks.
+    """
 
     secret: str = _setting("", _SECRET, "signs the tokens; while it and PUBLIC_KEYS are empty, "
                            "only clients on the same machine are let in", shown=False)
@@ -392,6 +395,16 @@ class Settings:
         if errors:
             raise SettingsError("\n".join(errors))
         return cls(**values)
+
+    def __post_init__(self) -> None:
+        # A program may give "100" for 100, or a Path for a str.
+        types: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+        errors = [_not_allowed(field.name.upper(), str(value), field.metadata["allowed"])
+                  for field in dataclasses.fields(self)
+                  if not isinstance(value := getattr(self, field.name),
+                                    types.get(str(field.type), (bool, tuple)))]
+        if errors:
+            raise SettingsError("\n".join(errors))
 
     @property
     def protected(self) -> bool:
@@ -514,8 +527,8 @@ def new_token(secret: str, read: Iterable[str] = (), write: Iterable[str] = (),
     /api/connections too. `user` is who bears it: those who ask for ids are told beside each
     message. The last three are for a server that has these settings.
     """
-    if isinstance(read, str) or isinstance(write, str):  # its letters would be channels
-        raise TypeError("read and write are lists of channels")
+    if isinstance(read, str) or isinstance(write, str) or not isinstance(user, str):
+        raise TypeError("read and write are lists of channels, and user is a string")
     rights: dict[str, Any] = {"read": list(read), "write": list(write)}
     if api:
         rights["api"] = True
@@ -5467,11 +5480,14 @@ class Server(socketserver.ThreadingTCPServer):
             print(server.port)
 
     It listens from the start, with REDIS_URL once it has read the log; newcomers wait in the
-    system's queue until the block begins. Its threads need stacks of 2 MiB, as `philote serve` sets
-    them, or deeply nested JSON may end the process: where the system gives them less (Alpine), call
-    threading.stack_size(2 << 20) before. With a `listener`, a socket that listens already, it
+    system's queue until the block begins. With a `listener`, a socket that listens already, it
     serves on that. `is_over` ends the wait for a Redis that is not there yet, once it returns true.
     `failure` says why it cannot go on, once that is so.
+
+    Its threads need stacks of 2 MiB, as `philote serve` sets them, or deeply nested JSON may end
+    the process: where the system gives them less (Alpine), call threading.stack_size(2 << 20)
+    before. On CPython 3.10 and 3.11 so may a recursion limit over 10,000. It serves in the process
+    that made it, not behind a fork.
 
     Raises OSError where it cannot listen or, also as the block begins, finds no thread or file;
     SettingsError where it cannot use what the settings name; ImportError or PhiloteError where a
@@ -5515,6 +5531,7 @@ class Server(socketserver.ThreadingTCPServer):
         self.gathering = Gathering()
         self.tls = _load_certificate(settings)  # for the next newcomer
         self.file: tuple[str, int] | None = None  # of a Unix socket: its path and inode
+        self.reserve: int | None = None  # see server_activate()
         self.address_family, address = (
             _resolve(settings.host, settings.port) if listener is None else
             (socket.AddressFamily(listener.family), listener.getsockname()))
@@ -5555,11 +5572,12 @@ class Server(socketserver.ThreadingTCPServer):
         self.poller = Poller(self.fail)
         super().server_activate()
         # A descriptor in reserve: where there is no other, it is closed to accept a newcomer and
-        # refuse it. The accepting thread's, then stop()'s.
-        self.reserve: int | None = os.open(os.devnull, os.O_RDONLY)
+        # refuse it. The accepting thread's, then server_close()'s.
+        self.reserve = os.open(os.devnull, os.O_RDONLY)
 
     def server_close(self) -> None:
         """Close the listening socket; its file is removed, unless it is another's by now."""
+        self._close_reserve()
         if self.file:
             (path, inode), self.file = self.file, None
             with contextlib.suppress(OSError):
@@ -5839,7 +5857,6 @@ class Server(socketserver.ThreadingTCPServer):
         finally:
             self.log.close()
             self.poller.stop()
-            self._close_reserve()
             self.stopped.set()
 
     def _stop_listening(self) -> None:
@@ -6026,8 +6043,11 @@ class Unauthorized(PhiloteError):
     """The server did not let us in; `status` is its HTTP status: 401 for the token, 503 if full."""
 
     def __init__(self, status: int, reason: str) -> None:
-        super().__init__(f"{reason} (HTTP {status})")
+        super().__init__(status, reason)  # just these, so that it can be pickled
         self.status = status
+
+    def __str__(self) -> str:
+        return f"{self.args[1]} (HTTP {self.status})"
 
 
 class Forbidden(PhiloteError):
@@ -6037,8 +6057,8 @@ class Forbidden(PhiloteError):
 class Gap(PhiloteError):
     """Messages may be missing here; those that follow are complete."""
 
-    def __init__(self) -> None:
-        super().__init__("messages may be missing here")
+    def __str__(self) -> str:
+        return "messages may be missing here"
 
 
 class ConnectionClosed(PhiloteError):
@@ -6048,8 +6068,11 @@ class ConnectionClosed(PhiloteError):
     """
 
     def __init__(self, code: int, reason: str = "") -> None:
-        super().__init__(f"connection closed with {code}" + (f": {reason}" if reason else ""))
+        super().__init__(code, reason)
         self.code = code
+
+    def __str__(self) -> str:
+        return f"connection closed with {self.code}" + (f": {self.args[1]}" if self.args[1] else "")
 
 
 class _Request:
@@ -6138,7 +6161,10 @@ class Client:
         # (CPython 3.14 lets one raise between `with self._lock` and its block, too: gh-148874.)
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        self._channels = None if channels is None else Names(channels)  # None: all that may be read
+        if isinstance(channels, str):  # its letters would be channels
+            raise TypeError("channels is a list of channels")
+        # None: all that may be read
+        self._channels = None if channels is None else Names(map(_plain, channels))
         if not all(map(_is_encodable, [since or "", *(self._channels or ())])):
             raise PhiloteError(
                 "neither a channel's name nor `since` can hold half of a surrogate pair")
@@ -6169,7 +6195,8 @@ class Client:
         # not good for that: if the next connection is lost during step 2, it has moved on by then,
         # past messages of ours in channels that were not looked through.
         self._unchecked = ""
-        self._closing = False
+        self._takes_more = True  # False from the beginning of close() on
+        self._closing = False  # whether no more is waited for, and there is no coming back
         self._end: Exception | None = None
         self._end_traceback: Any = None  # of an error in a function of the program: where it was
         # With reconnect=False, a message that nobody waits for is not answered. Behind one of these
@@ -6180,7 +6207,8 @@ class Client:
         self._thread = threading.Thread(target=self._run, name="philote-client", daemon=True)
         try:
             _start(self._thread)
-        except OSError:
+        except BaseException:  # a signal's, too: nobody else can close it
+            self._closing = True
             self._link.abort()
             raise
 
@@ -6205,7 +6233,7 @@ class Client:
         message, else for an earlier one; TypeError or ValueError for data that is not JSON.
         """
         self._raise_refusal()
-        value = {"channel": channel, "data": data}
+        value = {"channel": _plain(channel), "data": data}
         if self._reconnect or wait:
             request = self._ask(value, wait)
             return str(self._await(request)["published"]["id"]) if wait else None
@@ -6228,14 +6256,15 @@ class Client:
         What `since` and `last` ask for of the past (see Client) waits for receive() by then. Raises
         ConnectionClosed, and Forbidden: then none of them is joined.
         """
-        self._await(self._ask({"subscribe": [*channels], **_given(since=since, last=last)}, True))
+        names = [*map(_plain, channels)]
+        self._await(self._ask({"subscribe": names, **_given(since=since, last=last)}, True))
 
     def unsubscribe(self, *channels: str) -> None:
         """Leave channels or patterns, and wait for the server's answer.
 
         Once it returns, no more of their messages come; those that came before wait for receive().
         """
-        self._await(self._ask({"unsubscribe": [*channels]}, True))
+        self._await(self._ask({"unsubscribe": [*map(_plain, channels)]}, True))
 
     def receive(self, timeout: float | None = None) -> Message | None:
         """Wait `timeout` seconds (None: for ever) for the next message; None if there was none.
@@ -6271,10 +6300,12 @@ class Client:
     def close(self) -> None:
         """End the connection, once the server has read all that was published.
 
-        Waits for that while there is progress, and gives up after 10 seconds without. Raises
+        Waits for that while there is progress, and gives up after 10 seconds without. To publish
+        meanwhile raises ConnectionClosed. Raises
         ConnectionClosed or Unauthorized where a message may be lost, Forbidden where one was
         refused.
         """
+        self._take_no_more()
         answered = self._wait_while(
             lambda: bool(self._unanswered()) and not self._end, _ANSWER_TIME)
         end = self._end
@@ -6299,11 +6330,14 @@ class Client:
         with self._lock:
             return sum("channel" in request.value for request in self._requests.values())
 
+    def _take_no_more(self, closing: bool = False) -> None:
+        with self._lock:
+            self._takes_more, self._closing = False, self._closing or closing
+            self._changed.notify_all()
+
     def _close(self, patience: float) -> None:
         # A closing handshake. The server may take its time to read what was published before.
-        with self._lock:
-            self._closing = True
-            self._changed.notify_all()
+        self._take_no_more(closing=True)
         # Where the system has no thread left for it, no close frame is sent; then the wait below
         # ends after `patience` seconds.
         with contextlib.suppress(OSError):
@@ -6355,9 +6389,9 @@ class Client:
 
     def _wait_for_room(self, size: int) -> None:
         # A request that is too large by itself is let through when nothing else waits.
-        self._changed.wait_for(lambda: self._end or self._closing or not self._requests or (
+        self._changed.wait_for(lambda: self._end or not self._takes_more or not self._requests or (
             len(self._requests) < _MOST_ASKED and self._asked_size + size < _MOST_SIZE))
-        if self._closing:
+        if not self._takes_more:
             raise (self._end or ConnectionClosed(1006)).with_traceback(self._end_traceback)
         self._raise_end()
 
@@ -6766,6 +6800,13 @@ class Client:
             for ref, request in unsent:
                 if not link.send_text(request.encode(ref)):
                     return
+
+
+def _plain(name: str) -> str:
+    # Of a subclass of str, which may have another hash, as the members of an Enum do.
+    if not isinstance(name, str):
+        raise TypeError(f"a channel is a string, not {name!r}")
+    return str.__str__(name)
 
 
 def _given(**options: Any) -> dict[str, Any]:

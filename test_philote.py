@@ -14,8 +14,10 @@ import base64
 import collections
 import concurrent.futures
 import contextlib
+import copy
 import ctypes
 import datetime
+import enum
 import errno
 import fcntl
 import functools
@@ -31,6 +33,7 @@ import logging
 import math
 import operator
 import os
+import pickle
 import random
 import re
 import select
@@ -503,6 +506,17 @@ def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(name, value):
     assert ("MIIB" not in line) if name == "SECRET" else (repr(value[:80]) in line)
 
 
+@pytest.mark.parametrize("name, value", [
+    ("max_connections", "100"), ("max_message_rate", "5"), ("ping_interval", None),
+    ("ping_interval", datetime.timedelta(seconds=25)), ("shutdown_timeout", "1"), ("host", None),
+    ("public_keys", Path("keys.pem")), ("check_origin", "https://a.example"), ("secret", b"hidden"),
+    ("check_origin", ["https://a.example"])], ids=repr)
+def test_a_setting_of_another_type_is_refused_to_a_program(name, value):
+    with pytest.raises(philote.SettingsError, match=f"^{name.upper()}: .*not allowed") as caught:
+        philote.Settings(**{name: value})
+    assert "hidden" not in str(caught.value)
+
+
 def test_the_readmes_table_names_every_setting_and_its_default():
     rows = re.findall(r"(?m)^\| `([A-Z_]+)` \| ([^|]+) \|", (HERE / "README.md").read_text())
     shown = {"": ("empty", "all interfaces"), False: ("false",), True: ("true",)}
@@ -522,6 +536,8 @@ def test_a_token_made_by_new_token_says_what_was_asked_for():
     for names in {"read": "abc"}, {"write": "abc"}:  # a string is not a list of its letters
         with pytest.raises(TypeError, match="lists"):
             philote.new_token(SECRET, **names)
+    with pytest.raises(TypeError, match="user is a string"):
+        philote.new_token(SECRET, user=5)
 
 
 @pytest.mark.parametrize("secret", ["", "x", *["k" * n for n in (31, 64, 65, 200)], "schl\xfcssel"])
@@ -7004,6 +7020,80 @@ def test_clients_that_are_cut_again_and_again_miss_nothing_and_publish_nothing_t
         assert results_of(futures)[2:] == [([*range(count)], 0)] * 2
         assert one.receive(0.1) is two.receive(0.1) is None
     assert proxy.count > 8 and totals(server)["published"] == 2 * count
+
+
+class Name(str, enum.Enum):
+    """Channels as a program may have them; their hash is not that of their text."""
+
+    A = "a"
+    B = "b"
+
+
+def test_a_channel_may_be_a_member_of_an_enum(server, proxy, monkeypatch):
+    client = philote.Client(proxy.url, make_token(["a", "b"], ["a", "b"]), [Name.A])
+    with client, connect(server, write=["a", "b"]) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(philote.WebSocket, "_acknowledge", lambda *_: None)  # internal
+            client.publish(Name.B, "hello")
+            wait_until(lambda: totals(server)["published"] == 1)
+        proxy.cut()  # it finds the message in b, which it does not follow
+        client.publish(Name.B, "again", wait=True)
+        assert totals(server)["published"] == 2
+        client.subscribe(Name.B)
+        for name in Name:
+            writer.publish(name, name.value)
+        assert receive_until(client, 2) == (["a", "b"], 0)
+
+
+def test_channels_are_strings_in_a_list(server, client):
+    for channels in "news", [b"a"], [5]:
+        with pytest.raises(TypeError, match="channel"):
+            philote.Client(url_of(server), GOOD, channels)
+    for method in client.subscribe, client.unsubscribe, partial(client.publish, data=1):
+        with pytest.raises(TypeError, match="a channel is a string, not 5"):
+            method(5)
+
+
+def test_a_client_is_closed_though_others_publish_by_it_all_the_time():
+    sent = []
+
+    def publish(number):
+        with pytest.raises(philote.ConnectionClosed):
+            while True:
+                client.publish("a", [number, len(sent)])
+                sent.append(1)
+
+    with running(max_message_rate=1000) as server, RawClient(server, ["a"]) as reader, \
+            philote.Client(url_of(server), make_token(write=["a"])) as client, \
+            background(*[partial(publish, i) for i in range(3)]):
+        wait_until(lambda: len(sent) > 100)
+        closing = threading.Thread(target=client.close, daemon=True)
+        closing.start()
+        closing.join(PATIENCE)
+        assert not closing.is_alive()
+        reader.receive_data(len(sent))
+        assert reader.is_quiet()
+
+
+def test_a_client_whose_making_a_signal_ends_is_not_left_behind(server, monkeypatch):
+    def start(thread):
+        thread.start()
+        raise KeyboardInterrupt
+    with monkeypatch.context() as patch:
+        patch.setattr(philote, "_start", start)  # internal
+        with pytest.raises(KeyboardInterrupt):
+            connect(server, ["a"])
+    wait_until(lambda: is_empty(server))
+    wait_until(lambda: "philote-client" not in [thread.name for thread in threading.enumerate()])
+
+
+@pytest.mark.parametrize("error", [
+    philote.Unauthorized(401, "why"), philote.Forbidden("why"), philote.Gap(),
+    philote.ConnectionClosed(1001, "why"), philote.ConnectionClosed(1006)], ids=repr)
+def test_an_error_comes_whole_from_another_process(error):
+    found = pickle.loads(pickle.dumps(error))
+    assert type(found) is type(error) and vars(found) == vars(error) and str(found) == str(error)
+    assert str(copy.copy(error)) == str(error)
 
 
 def test_a_cut_before_it_is_known_what_was_published_does_not_hide_it(quick):
