@@ -3160,7 +3160,8 @@ class RedisLog(Log):
         # How often both connections had to be opened again: the append thread counts, and the read
         # thread, which it cannot interrupt, ends its loop when it sees another number.
         self.breaks = 0
-        self.written = 0  # entries; the append thread's
+        self.written = 0  # entries; the append thread's, as is the next
+        self.full = False  # whether Redis has refused the last for want of memory
         # Whether a heartbeat is on its way: set by the append thread, undone by the read thread, so
         # that none pile up during a break.
         self.beating = False
@@ -3453,6 +3454,8 @@ class RedisLog(Log):
 
     def _append_forever(self, connection: Any) -> None:
         self.outbox.restore()
+        if self.full:
+            self._make_room(connection)
         beat = 0.0
         while not self.closing.is_set():
             now = time.monotonic()
@@ -3462,16 +3465,19 @@ class RedisLog(Log):
                 if not self.beating:
                     self.beating = True
                     self.outbox.put(self._make_heartbeat())
-                self._execute(connection, ("XTRIM", self.key, "MINID", "~", self._find_floor(),
-                                           "LIMIT", _MOST_TRIMMED))
+                self._trim(connection, self._find_floor())
             if entries := self.outbox.take(beat + _HEARTBEAT_TIME - now):
                 self._append(connection, entries)
 
     def _append(self, connection: Any, entries: Sequence[Outgoing]) -> None:
         # In a transaction: were one refused and the next taken, its number would be skipped.
         before = self.cursor
-        ids = self._execute(connection, ("MULTI",), *(
-            ("XADD", self.key, "*", *entry.fields) for entry in entries), ("EXEC",))
+        try:
+            ids = self._execute(connection, ("MULTI",), *(
+                ("XADD", self.key, "*", *entry.fields) for entry in entries), ("EXEC",))
+        except self.redis.exceptions.OutOfMemoryError:
+            self.full = True
+            raise
         self.written += len(entries)
         if decode_id(ids[0].decode()) <= before:
             self._lift(connection, before)
@@ -3502,18 +3508,34 @@ class RedisLog(Log):
             self.breaks += 1
             raise OSError("what was written does not come back")
 
-    def _make_heartbeat(self) -> Outgoing:
-        with self.lock:
-            self.history.trim(self.now)
-            kept = max(self.history.floor, self.now - self.history.time)
-            connections = len(self.issuers)
+    def _make_room(self, connection: Any) -> None:
+        # Redis has no memory left. It refuses heartbeats, too: so no server's floor rises, and the
+        # stream would stay as it is for ever, however old. Therefore our own floor alone counts
+        # here, at the time that Redis has. What is younger than a heartbeat is left: who has not
+        # read it by then is told of a gap.
+        self.full = False
+        now = int(self._execute(connection, ("TIME",))[0]) * 1000
+        floor = min(self._own_floor(now << _COUNTER_BITS),
+                    now - int(1000 * _HEARTBEAT_TIME) << _COUNTER_BITS)
+        self._trim(connection, encode_id(floor))
+
+    def _trim(self, connection: Any, floor: str) -> None:
+        self._execute(
+            connection, ("XTRIM", self.key, "MINID", "~", floor, "LIMIT", _MOST_TRIMMED))
+
+    def _own_floor(self, now: int) -> int:
         # As far back as this server's history reaches: one that starts fills its own from the
         # stream. But not past what we have read, see _find_floor().
-        floor = min(kept & ~_COUNTER | (kept & _COUNTER) >> _INDEX_BITS, self.cursor)
+        with self.lock:
+            self.history.trim(now)
+            kept = max(self.history.floor, now - self.history.time)
+        return min(kept & ~_COUNTER | (kept & _COUNTER) >> _INDEX_BITS, self.cursor)
+
+    def _make_heartbeat(self) -> Outgoing:
         about = {
             "id": self.id.decode(), "host": platform.node(), "version": __version__,
-            "connections": connections, "since": self.began, "gone": self.leaving,
-            "floor": encode_id(floor)}
+            "connections": len(self.issuers), "since": self.began, "gone": self.leaving,
+            "floor": encode_id(self._own_floor(self.now))}
         return self._make_entry(b"heartbeat", about)
 
     def _make_entry(self, kind: bytes, value: Any) -> Outgoing:
@@ -6030,6 +6052,9 @@ _NO_PHILOTE = (ValueError, TypeError, LookupError, AttributeError, ArithmeticErr
 # again what the server could not take, or get again what was too large for us.
 _FINAL = {CloseReason.PROTOCOL_ERROR, CloseReason.INVALID_FRAME_PAYLOAD_DATA,
           CloseReason.MESSAGE_TOO_BIG}
+# HTTP statuses below 500 with which a proxy may answer for a while: it has no route while a server
+# starts, or limits how many come at once.
+_PASSING = {404, 408, 425, 429}
 
 
 class PhiloteError(Exception):
@@ -6073,6 +6098,10 @@ class ConnectionClosed(PhiloteError):
 
     def __str__(self) -> str:
         return f"connection closed with {self.code}" + (f": {self.args[1]}" if self.args[1] else "")
+
+
+def _is_refusal(error: Unauthorized) -> bool:
+    return error.status < 500 and error.status not in _PASSING
 
 
 class _Request:
@@ -6161,10 +6190,7 @@ class Client:
         # (CPython 3.14 lets one raise between `with self._lock` and its block, too: gh-148874.)
         self._lock = threading.RLock()
         self._changed = threading.Condition(self._lock)
-        if isinstance(channels, str):  # its letters would be channels
-            raise TypeError("channels is a list of channels")
-        # None: all that may be read
-        self._channels = None if channels is None else Names(map(_plain, channels))
+        self._channels = None if channels is None else _names_of(channels)  # None: all it may read
         if not all(map(_is_encodable, [since or "", *(self._channels or ())])):
             raise PhiloteError(
                 "neither a channel's name nor `since` can hold half of a surrogate pair")
@@ -6654,7 +6680,7 @@ class Client:
             return error.code in _FINAL or (
                 error.code in (EXPIRED, ENDED) and not callable(self._token))
         if isinstance(error, Unauthorized):
-            return error.status < 500
+            return _is_refusal(error)
         return isinstance(error, PhiloteError)
 
     def _take(self, link: _Link, value: dict[str, Any], size: int) -> None:
@@ -6807,6 +6833,12 @@ def _plain(name: str) -> str:
     if not isinstance(name, str):
         raise TypeError(f"a channel is a string, not {name!r}")
     return str.__str__(name)
+
+
+def _names_of(channels: Iterable[str]) -> Names:
+    if isinstance(channels, str):  # its letters would be channels
+        raise TypeError("channels is a list of channels")
+    return Names(map(_plain, channels))
 
 
 def _given(**options: Any) -> dict[str, Any]:
@@ -7239,7 +7271,7 @@ def _make_parser() -> argparse.ArgumentParser:
 def _add_url(command: argparse.ArgumentParser, default: str, default_shown: str) -> None:
     # argparse hands a default that is text to `type`, too: so a bad PHILOTE_URL is refused as well.
     command.add_argument("--url", type=_argument(_parse_url),
-                         default=os.environ.get("PHILOTE_URL", default),
+                         default=os.environ.get("PHILOTE_URL") or default,
                          help=f"server (default: PHILOTE_URL, or {default_shown})")
 
 
@@ -7410,7 +7442,6 @@ def _serve(_: argparse.Namespace) -> int:
         # The last resort, if the shutdown hangs or there is no memory left even for it: nobody
         # handles SIGALRM, so the system ends the process without any help from Python.
         signal.alarm(math.ceil(settings.shutdown_timeout) + 3)
-        _handle_signals(signal.SIG_IGN)  # which drops what came right behind the first by now
         _handle_signals(functools.partial(_end_at_once, server, time.monotonic()))
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals - {signal.SIGHUP})
         log.info("%s: shutting down", signal.Signals(caught).name)
@@ -7423,6 +7454,7 @@ def _serve(_: argparse.Namespace) -> int:
 
 def _handle_signals(handler: Any) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # drops one that has come behind the first by now
         signal.signal(number, handler)
 
 
@@ -7437,7 +7469,7 @@ def _reload(server: Server) -> None:
     try:
         log.info("SIGHUP: %s again; the settings are read at the start", server.reload())
     except SettingsError as error:
-        log.error("SIGHUP: %s; what was read before goes on", error)
+        log.error("SIGHUP: %s; of that, what was read before goes on", error)
     _notify("READY=1")
 
 
@@ -7755,7 +7787,7 @@ def _subscribe(arguments: argparse.Namespace) -> int:
             client = _CommandClient(arguments, arguments.channels,
                                     since=arguments.since, last=arguments.last)
         except (Unauthorized, ConnectionClosed, OSError) as error:
-            if isinstance(error, Unauthorized) and error.status < 500:
+            if isinstance(error, Unauthorized) and _is_refusal(error):
                 raise
             wait = random.uniform(pause / 2, pause)
             _tell_pause(arguments, error, wait)

@@ -831,7 +831,7 @@ def test_sighup_reads_the_keys_again_and_a_bad_file_changes_nothing(keys_file):
     with serving(PUBLIC_KEYS=keys_file) as server:
         Path(keys_file).write_text("nothing")
         server.send_signal(signal.SIGHUP)
-        wait_until(lambda: server.says("what was read before goes on"))
+        wait_until(lambda: server.says("of that, what was read before goes on"))
         with RawClient(server, token=signed("rsa2048", "RS256")) as client:
             Path(keys_file).write_text(public_pem("ed25519"))
             server.send_signal(signal.SIGHUP)
@@ -5540,6 +5540,20 @@ def test_who_reads_slowly_is_waited_for_though_others_stall_or_are_slow_before(m
     assert 2.9 < now - begin < 3.2 and [*server.stalled] == slow[:1]  # and nobody waits in turn
 
 
+@pytest.mark.parametrize("limits", [{"history_time": 1}, {"history_size": 100_000}], ids=repr)
+def test_a_redis_that_is_full_of_what_nobody_needs_is_emptied(store, hasty, limits):
+    texts = [f"{i} {'x' * 100_000}" for i in range(80)]
+    with running(redis_url=store.url, **limits) as server, RawClient(server, ["a"]) as reader, \
+            RawClient(server, write=["a"]) as writer:
+        most = store.do("INFO")["used_memory"] + 3_000_000
+        store.do("CONFIG", "SET", "maxmemory", most)  # by default it evicts nothing
+        publish_all(writer, "a", texts)
+        wait_until(lambda: "maxmemory" in server.log.reason)
+        assert reader.receive_data(len(texts)) == texts
+        wait_until(lambda: not server.log.reason)
+        assert not totals(server)["redis_gaps"]
+
+
 def test_redis_may_be_away_for_any_number_of_attempts(store, hasty, monkeypatch):
     attempts = []
     options = "?protocol=3&decode_responses=True&socket_timeout=0.01&max_connections=1"
@@ -7043,6 +7057,20 @@ def test_a_channel_may_be_a_member_of_an_enum(server, proxy, monkeypatch):
         for name in Name:
             writer.publish(name, name.value)
         assert receive_until(client, 2) == (["a", "b"], 0)
+
+
+@pytest.mark.parametrize("status", [404, 408, 425, 429, 500, 502, 503])
+def test_a_client_comes_back_though_a_proxy_refuses_it_for_a_while(
+        server, proxy, monkeypatch, status):
+    refusals = [status] * 3
+
+    def refuse(_):
+        if refusals:
+            raise philote.HTTPError(refusals.pop(), "not now")
+    with philote.Client(proxy.url, make_token(["a"], ["a"])) as client:
+        monkeypatch.setattr(philote, "check_upgrade", refuse)  # internal
+        proxy.cut()
+        assert client.publish("a", "x", wait=True) and not refusals
 
 
 def test_channels_are_strings_in_a_list(server, client):
