@@ -4286,7 +4286,7 @@ class EventStream(Subscriber):
         If the client is gone, nobody acknowledges that, and the system ends the connection.
         """
         if not self.encoder.with_ids:  # the others are told their position
-            self.connection.put(b":\n\n")
+            self.connection.put(b":\n")  # no empty line, which some clients take for an event
             self.connection.flush()
         return now + interval
 
@@ -4322,8 +4322,9 @@ class EventStream(Subscriber):
 #     Host: localhost:6380                     Date: Sat, 28 Nov 2026 18:00:00 GMT
 #     Authorization: Bearer eyJ...             Content-Length: ...
 #     Content-Length: 36                       Content-Type: application/json
-#                                              Access-Control-Allow-Origin: *
-#     {"channel": "news", "data": "hello"}     Vary: Origin
+#                                              Cache-Control: no-store
+#     {"channel": "news", "data": "hello"}     Access-Control-Allow-Origin: *
+#                                              Vary: Origin
 #
 #                                              {"issuer": "...", "id": "17...-0", "receivers": 3}
 #
@@ -4359,7 +4360,8 @@ _HOST_FIELD = re.compile(
 _NONCE = re.compile("[A-Za-z0-9+/]{22}==")  # 16 bytes in base64
 _CLOSE = {"Connection": "close"}  # where the answer is not sent by _respond(), which adds it
 _UPGRADE = {"Upgrade": "websocket", "Connection": "Upgrade"}
-_JSON = {"Content-Type": "application/json"}
+_FRESH = {"Cache-Control": "no-store"}  # else a cache may keep an answer for a while by itself
+_JSON = {"Content-Type": "application/json", **_FRESH}
 _RETRY = {"Retry-After": "5"}
 
 
@@ -4442,7 +4444,7 @@ def decode_request(head: bytes) -> Request:
     line, *fields = head.split(b"\r\n")
     match = _REQUEST_LINE.fullmatch(line)
     if not match:
-        raise HTTPError(400, "the request line must be METHOD /PATH HTTP/1.1")
+        raise HTTPError(400, "the request line must be METHOD /PATH HTTP/1.1, in ASCII")
     method, target, minor = (part.decode() for part in match.groups())
     if len(target) > MAX_TARGET_SIZE:
         raise HTTPError(414, f"the request target may have {MAX_TARGET_SIZE} bytes", "uri_too_long")
@@ -4633,12 +4635,14 @@ class HTTPHandler:
         # request of another site's page (CORS). To HEAD the endpoint answers as to GET.
         if request.wants_upgrade:
             check_upgrade(request)
-        elif request.path not in ENDPOINTS:
-            raise HTTPError(404, "there is nothing here")
-        endpoint = UPGRADE if request.wants_upgrade else ENDPOINTS[request.path]
         origin = check_origin(self.server.settings, request)
         if origin and not request.wants_upgrade:
             self.cors = {"Access-Control-Allow-Origin": origin, "Vary": "Origin"}
+        # OPTIONS * is about the server as a whole (RFC 9110, section 9.3.7).
+        path = "/" if (request.method, request.path) == ("OPTIONS", "*") else request.path
+        if not request.wants_upgrade and path not in ENDPOINTS:
+            raise HTTPError(404, "there is nothing here")
+        endpoint = UPGRADE if request.wants_upgrade else ENDPOINTS[path]
         methods = {endpoint.method, "OPTIONS"} | ({"HEAD"} if endpoint.method == "GET" else set())
         allowed = ", ".join(sorted(methods))
         if request.method == "OPTIONS":
@@ -4761,7 +4765,10 @@ def check_origin(settings: Settings, request: Request) -> str:
     if origin is None:
         return ""
     # "-" where there is no Host: "" is what this leaves of the origin "null" (a sandboxed page).
-    same = origin.lower().partition("://")[2] == request.headers.get("host", "-").lower()
+    # Host may name the port that is the scheme's default; the origin never does.
+    scheme, _, host = origin.lower().partition("://")
+    port = {"http": ":80", "https": ":443"}.get(scheme, "")
+    same = host == request.headers.get("host", "-").lower().removesuffix(port)
     if not same and not (isinstance(allowed, tuple) and origin.lower() in allowed):
         raise HTTPError(403, f"the origin {_shown(origin)} is not allowed (CHECK_ORIGIN)", "origin")
     return origin
@@ -4842,16 +4849,17 @@ def open_websocket(handler: HTTPHandler, request: Request) -> Response:
 
 def follow_events(handler: HTTPHandler, request: Request) -> Response:
     """GET /api/events: follow channels, by default all that the token may read."""
-    if "last-event-id" in request.headers:  # of a browser that comes back
-        request.query["since"] = [request.headers["last-event-id"]]
+    # Of a browser that comes back; or of a library in its place, which can send no header.
+    known = [request.headers.get("last-event-id"), *request.query.get("lastEventId", [])]
+    if since := next(filter(None, known), ""):
+        request.query["since"] = [since]
     stream = EventStream(handler.connection, request.key, *find_past(handler, request))
     kinds = {word.partition(";")[0].strip() for word in request.tokens("accept")}
     if not kinds & {"", "*/*", "text/*", "text/event-stream"}:
         raise HTTPError(406, "this is a text/event-stream")
     # Without a length, and not in chunks: it ends with the connection. The third header is for
     # nginx, which would gather events before it passes them on.
-    headers = {"Content-Type": "text/event-stream", "Cache-Control": "no-store",
-               "X-Accel-Buffering": "no", **_CLOSE}
+    headers = {"Content-Type": "text/event-stream", "X-Accel-Buffering": "no", **_FRESH, **_CLOSE}
     return Response(200, b"", headers, stream)
 
 
@@ -4871,7 +4879,7 @@ def tell_history(handler: HTTPHandler, request: Request) -> Response:
     complete = complete or "since" not in request.query  # it is about what came after `since`
     return Response(200, b'{"messages":[%b],"id":"%b","complete":%b}\n' % (
         b",".join(encode_entries(entries)), encode_id(position).encode(),
-        b"true" if complete else b"false"), {**_JSON, "Cache-Control": "no-store"})
+        b"true" if complete else b"false"), _JSON)
 
 
 def publish(handler: HTTPHandler, request: Request) -> Response:
@@ -5002,7 +5010,7 @@ def tell_info(handler: HTTPHandler, request: Request) -> Response:
 def tell_metrics(handler: HTTPHandler, request: Request) -> Response:
     """GET /metrics: counters in Prometheus' text format, version 0.0.4."""
     return Response(200, handler.server.metrics.render().encode(),
-                    {"Content-Type": "text/plain; version=0.0.4; charset=utf-8"})
+                    {"Content-Type": "text/plain; version=0.0.4; charset=utf-8", **_FRESH})
 
 
 def tell_file(request: Request, kind: str, text: bytes, headers: Mapping[str, str]) -> Response:
@@ -5066,7 +5074,8 @@ ENDPOINTS = {
     "/": Endpoint("GET", show_console),
     "/philote.js": Endpoint("GET", tell_script),
     "/api/publish": Endpoint("POST", publish, "token"),
-    "/api/events": Endpoint("GET", follow_events, "token", ("channel", "since", "last")),
+    "/api/events": Endpoint(
+        "GET", follow_events, "token", ("channel", "since", "last", "lastEventId")),
     "/api/history": Endpoint("GET", tell_history, "token", ("channel", "since", "last")),
     "/api/connections": Endpoint("DELETE", end_connections, "api", ("user", "issuer")),
     "/api/info": Endpoint("GET", tell_info, "api"),
