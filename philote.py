@@ -6838,16 +6838,17 @@ class Client:
 
 
 def _plain(name: str) -> str:
-    # Of a subclass of str, which may have another hash, as the members of an Enum do.
-    if not isinstance(name, str):
-        raise TypeError(f"a channel is a string, not {name!r}")
-    return str.__str__(name)
+    # Of a subclass of str, which may have another hash, as the members of an Enum do. What is no
+    # string the server refuses.
+    return str.__str__(name) if isinstance(name, str) else name
 
 
 def _names_of(channels: Iterable[str]) -> Names:
-    if isinstance(channels, str):  # its letters would be channels
-        raise TypeError("channels is a list of channels")
-    return Names(map(_plain, channels))
+    names = Names(map(_plain, channels))
+    # The letters of a string would be channels.
+    if isinstance(channels, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError("channels is a list of strings")
+    return names
 
 
 def _given(**options: Any) -> dict[str, Any]:

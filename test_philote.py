@@ -7097,13 +7097,10 @@ def test_a_client_comes_back_though_a_proxy_refuses_it_for_a_while(
         assert client.publish("a", "x", wait=True) and not refusals
 
 
-def test_channels_are_strings_in_a_list(server, client):
-    for channels in "news", [b"a"], [5]:
-        with pytest.raises(TypeError, match="channel"):
-            philote.Client(url_of(server), GOOD, channels)
-    for method in client.subscribe, client.unsubscribe, partial(client.publish, data=1):
-        with pytest.raises(TypeError, match="a channel is a string, not 5"):
-            method(5)
+@pytest.mark.parametrize("channels", ["news", [b"a"], [5]], ids=repr)
+def test_channels_are_strings_in_a_list(server, channels):
+    with pytest.raises(TypeError, match="channels is a list of strings"):
+        philote.Client(url_of(server), GOOD, channels)
 
 
 def test_a_client_is_closed_though_others_publish_by_it_all_the_time():
