@@ -3370,6 +3370,7 @@ def test_without_threads_newcomers_are_refused_and_the_rest_goes_on(
     finally:
         threading.stack_size(size)
     assert len([r for r in caplog.records if "no more threads" in r.message]) == 1
+    assert refusals(server)["exhausted"] > 0
 
 
 def test_newcomers_that_do_not_block_are_let_block(server, undisturbed, monkeypatch):
@@ -7886,6 +7887,17 @@ def test_a_signal_in_the_middle_of_a_message_ends_a_client_that_does_not_reconne
             client.publish("a", "after")
 
 
+@pytest.mark.parametrize("count", [0, 1])
+def test_the_close_of_a_client_that_does_not_come_back_tells_whether_messages_may_be_lost(count):
+    with answering(lambda end: end.hear(count)) as url:
+        client = plain_client(url)
+        publish_all(client, "a", range(count))
+        with pytest.raises(philote.ConnectionClosed, match="1006") if count else (
+                contextlib.nullcontext()):
+            client.close()
+        client.close()  # it is told once
+
+
 def test_close_gives_up_once(monkeypatch, server):
     def hang():
         assert over.wait(PATIENCE)
@@ -8575,6 +8587,22 @@ def test_two_signals_right_behind_each_other_are_one(tmp_path, pause):
 def test_a_signal_that_came_before_the_first_was_seen_to_is_the_same():
     with serving(launcher=HASTY) as server:
         assert server.stop()[0] == 0 and server.says("stopped")
+
+
+def test_who_answers_no_close_is_cut_at_the_end_of_the_shutdown():
+    with running(shutdown_timeout=0.5) as server, RawClient(server, ["a"]):
+        server.stop()
+        wait_until(lambda: is_empty(server))
+
+
+def test_a_server_whose_poller_cannot_go_on_says_so(monkeypatch, caplog):
+    failed = threading.Event()
+    with running() as server:
+        server.on_failure = failed.set
+        monkeypatch.setattr(server.poller, "_serve_requests", lambda: [].pop(0))  # internal
+        server.poller._wake()
+        assert failed.wait(PATIENCE) and isinstance(server.failure, IndexError)
+    assert "the server cannot go on: IndexError" in caplog.text
 
 
 def test_no_signal_behind_the_end_of_the_shutdown_changes_its_outcome():
