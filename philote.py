@@ -398,11 +398,11 @@ class Settings:
 
     def __post_init__(self) -> None:
         # A program may give "100" for 100, or a Path for a str.
-        types: dict[str, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool}
-        errors = [_not_allowed(field.name.upper(), str(value), field.metadata["allowed"])
-                  for field in dataclasses.fields(self)
+        types: dict[Any, Any] = {"str": str, "int": int, "float": (int, float), "bool": bool}
+        errors = [f"{field.name.upper()}: it must be {field.type}, not {type(value).__name__}"
+                  for field in dataclasses.fields(Settings)
                   if not isinstance(value := getattr(self, field.name),
-                                    types.get(str(field.type), (bool, tuple)))]
+                                    types.get(field.type, (bool, tuple)))]
         if errors:
             raise SettingsError("\n".join(errors))
 
@@ -2919,7 +2919,8 @@ class Batch:
 #     the log is another one, or has lost   append thread: its id is not  _lift()
 #     its end, and its clock is behind      above what was read
 #     it was emptied, or cut past us        read thread, when it comes    tells of a gap, up to
-#                                           back: its first is later      what it reads next
+#                                           back or was late: the first   what it reads next
+#                                           entry is later
 #     it has a hole when a server starts    read thread: a number above   keeps what is behind
 #                                           1 of a server not met so far  it only
 #     we append to one server and read      append thread: nothing has    both connect again
@@ -3475,8 +3476,9 @@ class RedisLog(Log):
         try:
             ids = self._execute(connection, ("MULTI",), *(
                 ("XADD", self.key, "*", *entry.fields) for entry in entries), ("EXEC",))
-        except self.redis.exceptions.OutOfMemoryError:
-            self.full = True
+        except self.redis.ResponseError as error:  # XADD was refused, or EXEC
+            self.full = (isinstance(error, self.redis.exceptions.OutOfMemoryError)
+                         or "OOM" in str(error))
             raise
         self.written += len(entries)
         if decode_id(ids[0].decode()) <= before:
@@ -3511,8 +3513,8 @@ class RedisLog(Log):
     def _make_room(self, connection: Any) -> None:
         # Redis has no memory left. It refuses heartbeats, too: so no server's floor rises, and the
         # stream would stay as it is for ever, however old. Therefore our own floor alone counts
-        # here, at the time that Redis has. What is younger than a heartbeat is left: who has not
-        # read it by then is told of a gap.
+        # here, at the time that Redis has. What is younger than a heartbeat is left: who is later
+        # than that notices the cut (_read_forever()).
         self.full = False
         now = int(self._execute(connection, ("TIME",))[0]) * 1000
         floor = min(self._own_floor(now << _COUNTER_BITS),
@@ -3557,10 +3559,7 @@ class RedisLog(Log):
     def _read_forever(self, connection: Any) -> None:
         if not self.ready.is_set():
             self._look_at_server(connection)
-        if self.cursor:  # if the last entry that we read is gone, so may be later ones
-            oldest = self._execute(connection, ("XRANGE", self.key, "-", "+", "COUNT", 1))
-            self.cut |= not oldest or decode_id(oldest[0][0].decode()) > self.cursor
-        breaks, count = self.breaks, 10
+        breaks, count, is_new = self.breaks, 10, True
         while breaks == self.breaks and not self.closing.is_set():
             # BLOCK is in milliseconds. It answers after a second at most, so that silence of
             # _UNAVAILABLE_TIME is a failure.
@@ -3569,6 +3568,12 @@ class RedisLog(Log):
                 "XREAD", "COUNT", count, "BLOCK", 200 * _UNAVAILABLE_TIME, "STREAMS", self.key,
                 encode_id(self.cursor)))
             entries = answer[0][1] if answer else []
+            # If the last entry that we have read is gone, so may be later ones. It can be after a
+            # break, or where this thread was late (_make_room()).
+            if self.cursor and (is_new or time.monotonic() > self.at_end + _HEARTBEAT_TIME):
+                oldest = self._execute(connection, ("XRANGE", self.key, "-", "+", "COUNT", 1))
+                self.cut |= not oldest or decode_id(oldest[0][0].decode()) > self.cursor
+            is_new = False
             size = self._receive(entries)
             if len(entries) < count:
                 self.at_end = asked  # this process may have been stopped since
@@ -4765,10 +4770,11 @@ def check_origin(settings: Settings, request: Request) -> str:
     if origin is None:
         return ""
     # "-" where there is no Host: "" is what this leaves of the origin "null" (a sandboxed page).
-    # Host may name the port that is the scheme's default; the origin never does.
+    # Host may name the port that is the scheme's default; a browser's origin never does.
     scheme, _, host = origin.lower().partition("://")
     port = {"http": ":80", "https": ":443"}.get(scheme, "")
-    same = host == request.headers.get("host", "-").lower().removesuffix(port)
+    asked = request.headers.get("host", "-").lower()
+    same = host.removesuffix(port) == asked.removesuffix(port)
     if not same and not (isinstance(allowed, tuple) and origin.lower() in allowed):
         raise HTTPError(403, f"the origin {_shown(origin)} is not allowed (CHECK_ORIGIN)", "origin")
     return origin
@@ -6274,10 +6280,10 @@ class Client:
             return str(self._await(request)["published"]["id"]) if wait else None
         text = json.dumps(value, allow_nan=False)
         with self._lock:
-            # During close() this message fails below, or goes out before the close frame, and the
-            # answer to that shows that it was read.
-            if not self._closing:
-                self._outcome_known = False
+            self._refuse_when_closing()
+            # If close() is called now, this message fails below, or goes out before the close
+            # frame, and the answer to that shows that it was read.
+            self._outcome_known = False
         if not self._link.send_text(text):
             self._thread.join(CLOSING_TIME)  # by then it has put down why, in _end
             self._raise_refusal()
@@ -6426,9 +6432,13 @@ class Client:
         # A request that is too large by itself is let through when nothing else waits.
         self._changed.wait_for(lambda: self._end or not self._takes_more or not self._requests or (
             len(self._requests) < _MOST_ASKED and self._asked_size + size < _MOST_SIZE))
-        if not self._takes_more:
-            raise (self._end or ConnectionClosed(1006)).with_traceback(self._end_traceback)
+        self._refuse_when_closing()
         self._raise_end()
+
+    def _refuse_when_closing(self) -> None:
+        # But not on_connect(), which may publish while close() waits for the connection.
+        if self._closing or not self._takes_more and threading.current_thread() is not self._thread:
+            raise (self._end or ConnectionClosed(1006)).with_traceback(self._end_traceback)
 
     def _add_request(self, request: _Request) -> str:
         ref = next(self._refs)
@@ -7441,7 +7451,7 @@ def _serve(_: argparse.Namespace) -> int:
         if can_pin:
             server.affinity = Affinity()
     # Where one of its threads cannot go on, the server stops as by a signal, and returns 1. During
-    # the shutdown this is a second signal, which ends the process at once.
+    # the shutdown this is a second signal, which as a rule ends the process at once.
     server.on_failure = functools.partial(os.kill, os.getpid(), signal.SIGTERM)
     with server:
         _greet(server)

@@ -16,6 +16,7 @@ import concurrent.futures
 import contextlib
 import copy
 import ctypes
+import dataclasses
 import datetime
 import enum
 import errno
@@ -512,9 +513,17 @@ def test_a_bad_setting_is_named_with_its_value_and_what_is_allowed(name, value):
     ("public_keys", Path("keys.pem")), ("check_origin", "https://a.example"), ("secret", b"hidden"),
     ("check_origin", ["https://a.example"])], ids=repr)
 def test_a_setting_of_another_type_is_refused_to_a_program(name, value):
-    with pytest.raises(philote.SettingsError, match=f"^{name.upper()}: .*not allowed") as caught:
+    with pytest.raises(philote.SettingsError, match=f"^{name.upper()}: it must be ") as caught:
         philote.Settings(**{name: value})
     assert "hidden" not in str(caught.value)
+
+
+def test_a_program_may_add_settings_of_its_own():
+    @dataclasses.dataclass(frozen=True)
+    class Settings(philote.Settings):
+        names: list = dataclasses.field(default_factory=list)
+        count: int = 5
+    assert Settings(port=0, names=["a"]).names == ["a"] and Settings(port=0).count == 5
 
 
 def test_the_readmes_table_names_every_setting_and_its_default():
@@ -3042,7 +3051,7 @@ def test_an_origin_is_compared_with_the_host_that_was_asked(server):
             ("example.com:81", "http://example.com:81", 101),
             ("EXAMPLE.com", "https://example.COM", 101), ("[::1]:81", "http://[::1]:81", 101),
             ("example.com:443", "https://example.com", 101), ("[::1]:80", "http://[::1]", 101),
-            ("example.com:443", "http://example.com", 403),
+            ("example.com:443", "http://example.com", 403), ("a:80", "http://a:80", 101),
             ("example.com:80", "https://example.com", 403),
             ("example.com:81", "http://example.com", 403), ("example.com", "example.com", 403),
             ("example.com", "http://example.com/", 403)):
@@ -5579,6 +5588,25 @@ def test_a_redis_that_is_full_of_what_nobody_needs_is_emptied(store, hasty, limi
         assert not totals(server)["redis_gaps"]
 
 
+def test_a_server_that_is_late_notices_that_others_were_cut_off_before_it_read_them(
+        store, hasty, monkeypatch):
+    with running(redis_url=store.url) as server, Returner(server, ["a"], "?since=now") as reader, \
+            RawClient(server, write=["a"]) as writer:
+        waits, go = hold(monkeypatch, philote.RedisLog, "_receive", lambda _, entries: entries)
+        assert waits.wait(PATIENCE)
+        lost = ["philote", "1", "server", "other", "number", "1", "channel", "a", "issuer", "x",
+                "user", "", "message", '{"issuer":"x","channel":"a","data":0}']
+        store.do("XADD", "philote", "*", *lost)  # of a server that says no more
+        writer.publish("a", 1)
+        own = []
+        wait_until(lambda: own.extend(position for position, fields in store.do(
+            "XRANGE", "philote", "-", "+") if b'"data":1' in fields.get(b"message", b"")) or own)
+        store.do("XTRIM", "philote", "MINID", own[0])
+        time.sleep(2 * philote._HEARTBEAT_TIME)  # internal
+        go.set()
+        assert "gap" in reader.receive() and reader.receive()["data"] == 1
+
+
 def test_redis_may_be_away_for_any_number_of_attempts(store, hasty, monkeypatch):
     attempts = []
     options = "?protocol=3&decode_responses=True&socket_timeout=0.01&max_connections=1"
@@ -7885,6 +7913,44 @@ def test_a_signal_in_the_middle_of_a_message_ends_a_client_that_does_not_reconne
         publish_until_a_signal(client)
         with pytest.raises(philote.ConnectionClosed):
             client.publish("a", "after")
+
+
+def test_nothing_more_is_published_by_a_client_that_is_closing(monkeypatch):
+    def publish():
+        with pytest.raises(philote.ConnectionClosed):
+            client.publish("a", "x", wait=True)
+
+    def is_refused():
+        try:
+            client.publish("a", "y")
+        except philote.ConnectionClosed:
+            return True
+    over = threading.Event()
+    with answering(lambda end: end.hear(1) and over.wait(2 * PATIENCE)) as url:
+        client = plain_client(url)
+        with background(publish):
+            wait_until(client._unanswered)  # internal
+            with background(lambda: close_code(client.close)):  # it waits for the answer
+                wait_until(is_refused)
+                over.set()
+
+
+def test_a_function_that_is_called_at_a_disconnect_may_publish_while_the_client_is_closing(
+        server, proxy):
+    class Publisher(philote.Client):
+        def on_connect(self):
+            self.publish("a", "back")
+
+    with RawClient(server, ["a"]) as reader:
+        client = Publisher(proxy.url, make_token(["a"], ["a"]))
+        proxy.is_open = False
+        proxy.cut()
+        wait_until(lambda: subscriber_count(server) == 1)
+        publish_all(client, "a", range(5))
+        with background(client.close):
+            wait_until(lambda: not client._takes_more)  # internal
+            proxy.is_open = True
+        assert {*range(5), "back"} == {*reader.receive_data(6)}
 
 
 @pytest.mark.parametrize("count", [0, 1])
