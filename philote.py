@@ -6280,11 +6280,11 @@ class Client:
             return str(self._await(request)["published"]["id"]) if wait else None
         text = json.dumps(value, allow_nan=False)
         with self._lock:
-            self._refuse_when_closing()
-            # If close() is called now, this message fails below, or goes out before the close
-            # frame, and the answer to that shows that it was read.
-            self._outcome_known = False
-        if not self._link.send_text(text):
+            # If close() is called behind this, the message fails below, or goes out before the
+            # close frame, and the answer to that shows that it was read.
+            if takes_more := self._takes_more:
+                self._outcome_known = False
+        if not takes_more or not self._link.send_text(text):
             self._thread.join(CLOSING_TIME)  # by then it has put down why, in _end
             self._raise_refusal()
             self._raise_end()
