@@ -3561,11 +3561,12 @@ class RedisLog(Log):
             self._look_at_server(connection)
         breaks, count, is_new = self.breaks, 10, True
         while breaks == self.breaks and not self.closing.is_set():
-            # BLOCK is in milliseconds. It answers after a second at most, so that silence of
-            # _UNAVAILABLE_TIME is a failure.
+            # BLOCK is in milliseconds. It answers within a second, so that silence of
+            # _UNAVAILABLE_TIME is a failure; and twice within a heartbeat, so that a thread that
+            # has nothing to read is not taken for late, below.
             asked = time.monotonic()
             answer = self._execute(connection, (
-                "XREAD", "COUNT", count, "BLOCK", 200 * _UNAVAILABLE_TIME, "STREAMS", self.key,
+                "XREAD", "COUNT", count, "BLOCK", 180 * _UNAVAILABLE_TIME, "STREAMS", self.key,
                 encode_id(self.cursor)))
             entries = answer[0][1] if answer else []
             # If the last entry that we have read is gone, so may be later ones. It can be after a
@@ -6436,7 +6437,8 @@ class Client:
         self._raise_end()
 
     def _refuse_when_closing(self) -> None:
-        # But not on_connect(), which may publish while close() waits for the connection.
+        # But not the thread that reads, or what on_connect() publishes would end the client, while
+        # close() waits for it to come back.
         if self._closing or not self._takes_more and threading.current_thread() is not self._thread:
             raise (self._end or ConnectionClosed(1006)).with_traceback(self._end_traceback)
 

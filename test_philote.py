@@ -7936,7 +7936,7 @@ def test_nothing_more_is_published_by_a_client_that_is_closing(monkeypatch):
                 over.set()
 
 
-def test_a_function_that_is_called_at_a_disconnect_may_publish_while_the_client_is_closing(
+def test_a_function_that_is_called_when_it_is_back_may_publish_while_the_client_is_closing(
         server, proxy):
     class Publisher(philote.Client):
         def on_connect(self):
